@@ -1,0 +1,7 @@
+# Our own anonymous memory: zero pages on first touch, no reserve, no huge pages unless asked.
+from libc.stdint cimport int64_t
+
+cdef void *map_pages(int64_t length) noexcept nogil        # NULL on failure; length rounded up to pages; zero-filled on touch
+cdef void unmap_pages(void *pages, int64_t length) noexcept nogil
+# Populates LENGTH bytes at PAGES for writing in one call (MADV_POPULATE_WRITE) where the kernel has it; else nothing.
+cdef void populate_pages(void *pages, int64_t length) noexcept nogil

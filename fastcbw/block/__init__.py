@@ -1,0 +1,1 @@
+"""Block devices: the one data-plane interface and its leaves."""

@@ -1,0 +1,42 @@
+# BlockDevice: the one data-plane interface. Everything that holds bytes, and every filter above it, is one of these.
+#
+# Rules that every cdef method obeys
+#   - nogil and noexcept: 0 on success, -errno on failure; all or nothing is reported, a failed write leaves any mixture
+#     of old and new bytes in its range and nothing changed outside it;
+#   - any thread, any number at once; no ordering between requests that overlap in time;
+#   - 0 <= offset, 0 < length, offset + length <= self.length: the caller (a door) has checked it;
+#   - the buffer belongs to the caller and is not kept after the return.
+from libc.stdint cimport int64_t, uint32_t
+
+from fastcbw.block.sys cimport iovec
+
+cdef enum:
+    # flags of the write-like requests
+    FUA = 1             # on stable storage before the return
+    MAY_UNMAP = 2       # write_zeroes may leave a hole
+    FAST_ONLY = 4       # write_zeroes: -EOPNOTSUPP at once when it would be no faster than writing zeroes
+    # flags of block_status: the bits of NBD base:allocation
+    STATUS_HOLE = 1     # not allocated
+    STATUS_ZERO = 2     # reads as zeroes
+
+cdef class BlockDevice:
+    cdef readonly int64_t length        # bytes, fixed for the life of the device
+    cdef readonly str name              # for messages: a node name or a file name
+    cdef readonly bint read_only
+    cdef bint closed                    # set by close(): the Python doors refuse, cdef methods are no longer called
+
+    cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil
+    cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil
+    # As preadv, but -EAGAIN at once instead of waiting for a device (data not in memory). Never waits, may read nothing.
+    cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil
+    cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
+    cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
+    cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
+    cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil     # advisory: content undefined after
+    cdef int sync(self) noexcept nogil                  # all that was acknowledged before is on stable storage
+    # The first extent of the range: its length (1..length) with *flags, or -errno. Holes are the truth at some moment of the call.
+    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil
+    cdef int check_open(self) except -1
+    cdef int check_range(self, int64_t offset, int64_t length) except -1
+    cdef int check_writable(self) except -1
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1

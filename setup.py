@@ -1,0 +1,95 @@
+"""Build of the Cython extensions: one table, one set of flags.
+
+Environment:
+    FASTCBW_DEBUG=1            -Og, C assertions on (the invariants of the engine are asserted)
+    FASTCBW_SANITIZE=thread    (or address,undefined) builds with that sanitizer; run the interpreter's real binary with
+                               the runtime preloaded, see docs/hacking.md
+"""
+
+import os
+
+from setuptools import Extension, find_packages, setup
+
+# Every extension of the package, leaf first. The source is the module's path with .pyx.
+EXTENSIONS = [
+    "fastcbw.kernels.bits",
+    "fastcbw.kernels.bytes",
+    "fastcbw.bitmaps.mapping",
+    "fastcbw.bitmaps.bitmap",
+    "fastcbw.block.device",
+    "fastcbw.block.memory",
+    "fastcbw.block.file",
+    "fastcbw.block.delay",
+    "fastcbw.block.fault",
+    "fastcbw.block.python",
+    "fastcbw.cbw.state",
+    "fastcbw.cbw.locmap",
+    "fastcbw.cbw.store",
+    "fastcbw.cbw.worker",
+    "fastcbw.cbw.intercept",
+    "fastcbw.cbw.reader",
+    "fastcbw.cbw.lifecycle",
+    "fastcbw.cbw.copier",
+    "fastcbw.cbw.engine",
+    "fastcbw.export.nbd.transmission",
+]
+EXTENSIONS = [name for name in EXTENSIONS if os.path.exists(name.replace(".", "/") + ".pyx")]
+
+DEBUG = os.environ.get("FASTCBW_DEBUG", "") not in ("", "0")
+SANITIZE = os.environ.get("FASTCBW_SANITIZE", "")
+
+COMPILE = ["-std=gnu11", "-Wall", "-Wno-unused-function", "-fno-strict-aliasing", "-pthread"]
+COMPILE += ["-Og", "-g", "-UNDEBUG", "-DFASTCBW_DEBUG"] if DEBUG else ["-O3", "-g1", "-DNDEBUG"]
+LINK = ["-pthread"]
+if SANITIZE:
+    COMPILE += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"]
+    LINK += [f"-fsanitize={SANITIZE}"]
+
+DIRECTIVES = {
+    "language_level": 3,
+    "cdivision": True,
+    "initializedcheck": False,
+    "embedsignature": True,
+    "freethreading_compatible": False,
+}
+
+
+def refuse_performance_hints():
+    """Make a Cython performance hint (a hidden GIL acquisition in the data plane) fail the build."""
+    from Cython.Compiler import Errors
+
+    def refuse(position, message, env):
+        raise Errors.CompileError(position, f"performance hint: {message}")
+
+    # The modules that report hints bind the name when they are imported, so patch it in each.
+    import Cython.Compiler.ExprNodes
+    import Cython.Compiler.Nodes
+
+    for module in (Errors, Cython.Compiler.ExprNodes, Cython.Compiler.Nodes):
+        if hasattr(module, "performance_hint"):
+            module.performance_hint = refuse
+
+
+def extensions():
+    from Cython.Build import cythonize
+
+    refuse_performance_hints()
+    table = [
+        Extension(
+            name,
+            [name.replace(".", "/") + ".pyx"],
+            include_dirs=["fastcbw/csrc"],
+            depends=sorted(f"fastcbw/csrc/{header}" for header in os.listdir("fastcbw/csrc")),
+            extra_compile_args=COMPILE,
+            extra_link_args=LINK,
+        )
+        for name in EXTENSIONS
+    ]
+    return cythonize(table, compiler_directives=DIRECTIVES)
+
+
+setup(
+    packages=find_packages(include=["fastcbw", "fastcbw.*"]),
+    package_data={"": ["*.pxd", "*.pyx", "*.pyi", "*.h", "py.typed"]},
+    ext_modules=extensions(),
+)
