@@ -1,0 +1,44 @@
+/* Mutexes, conditions on the monotonic clock, short sleeps, and a small number for each thread.
+ *
+ * What Cython lacks of POSIX: initialisers with attributes, and thread-local storage with a destructor. */
+#ifndef FASTCBW_SYNC_H
+#define FASTCBW_SYNC_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <time.h>
+
+static inline int64_t fcbw_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static inline void fcbw_sleep_ns(int64_t ns)
+{
+    struct timespec pause = { ns / 1000000000, ns % 1000000000 };
+    nanosleep(&pause, NULL);
+}
+
+static inline int fcbw_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    int code = pthread_condattr_init(&attributes);
+    if (code == 0) {
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+        code = pthread_cond_init(cond, &attributes);
+        pthread_condattr_destroy(&attributes);
+    }
+    return code;
+}
+
+/* Waits until signalled or until the monotonic clock reads DEADLINE_NS; 0 or ETIMEDOUT. May wake without a reason. */
+static inline int fcbw_cond_wait_until(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t deadline_ns)
+{
+    struct timespec until = { deadline_ns / 1000000000, deadline_ns % 1000000000 };
+    return pthread_cond_timedwait(cond, mutex, &until);
+}
+
+#endif
