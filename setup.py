@@ -38,7 +38,7 @@ EXTENSIONS = [name for name in EXTENSIONS if os.path.exists(name.replace(".", "/
 DEBUG = os.environ.get("FASTCBW_DEBUG", "") not in ("", "0")
 SANITIZE = os.environ.get("FASTCBW_SANITIZE", "")
 
-COMPILE = ["-std=gnu11", "-Wall", "-Wno-unused-function", "-fno-strict-aliasing", "-pthread"]
+COMPILE = ["-std=gnu11", "-Wall", "-Wno-unused-function", "-Wno-unused-variable", "-fno-strict-aliasing", "-pthread"]
 COMPILE += ["-Og", "-g", "-UNDEBUG", "-DFASTCBW_DEBUG"] if DEBUG else ["-O3", "-g1", "-DNDEBUG"]
 LINK = ["-pthread"]
 if SANITIZE:

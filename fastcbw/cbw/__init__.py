@@ -1,0 +1,1 @@
+"""The copy-before-write engine: state, intercept, store, reader, copier, and the Engine that is the door to them."""

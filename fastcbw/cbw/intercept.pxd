@@ -1,0 +1,13 @@
+# The intercept: what stands between the guest and the active disk.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.state cimport EngineState, Ticket
+
+cdef class FilterDevice(BlockDevice):
+    cdef EngineState state
+    cdef BlockDevice child
+
+# Counts the guest write in, marks it, preserves what it is about to overwrite. Returns with *ticket counted: the write may
+# go to the disk, then leave(ticket). It waits for nothing but its own copy, claims, and old writes; each with a deadline.
+cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil

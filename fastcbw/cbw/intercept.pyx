@@ -1,0 +1,388 @@
+"""The intercept: guest writes, write-zeroes and discards, and the copy-before-write in front of them.
+
+    guest ─▶ FilterDevice ─▶ guest_begin ──all settled──▶ active disk
+                                 │
+                                 └─▶ preserve: claim ─ check the epoch ─ take room ─ read old data ─ publish ─ settle ─ release
+
+The settled path: be counted, mark `changed`, test `settled`; two loads and one counter over the bare write, no lock and
+no allocation. Everything else is preserve(), in rounds of at most 256 clusters and 1 MiB.
+
+Invariants: I1, a write reaches a cluster only when it is settled (or no snapshot needs it); I2, settled only after the word
+was published; I8, a failed copy gives its claims back. Whoever holds claims waits for device I/O only, and with a
+deadline: at the deadline the snapshots that ask for the copy are broken and the guest goes on.
+
+Memory ordering. The marks are seq_cst and come before the loads of `settled`, also seq_cst: dropping a cluster clears
+`settled`, then loads the marks, so that not both miss. The word is published with release before `settled` is set
+with seq_cst, and a seq_cst fence stands between all that and the write to the disk: a reader that reads the disk,
+fences, and finds no word has read old data, because no write can have begun.
+"""
+
+from libc.errno cimport EAGAIN, ETIMEDOUT
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
+from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
+                                claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
+                                is_current, leave, lookup, newest_needing, overlapped, snap_break, snap_ref, snap_unref,
+                                summary_set)
+from fastcbw.cbw.store cimport Store, log_give_back, log_take, slot_data, slot_unref, slots_take
+from fastcbw.cbw.worker cimport (Copy, CopyItem, ROUND_BYTES, ROUND_CLUSTERS, ROUND_WORDS, copy_give_back, copy_in_pool,
+                                 copy_read)
+from fastcbw.kernels.atomic cimport add_relaxed, add_seq, fence_seq, load_relaxed, load_seq, or_seq, store_relaxed, store_release
+from fastcbw.kernels.bits cimport bits_all_seq, bits_claim_atomic, bits_mark_seq
+from fastcbw.sync cimport now_ns, sleep_ns
+
+cdef extern from "check.h" nogil:
+    void check "fcbw_check"(bint condition, const char *rule) noexcept
+
+cdef extern from * nogil:
+    int ctzll "__builtin_ctzll"(unsigned long long) noexcept
+
+cdef enum:
+    GO_ON = 0           # still counted in the epoch
+    START_OVER = 1      # the epoch was left
+
+cdef int64_t OLD_WRITES_POLL_NS = 20000
+
+
+cdef class FilterDevice(BlockDevice):
+    """The disk the guest sees: reads pass through, what changes data goes through the intercept first."""
+
+    def __cinit__(self, EngineState state not None):
+        self.state = state
+        self.child = state.child
+        self.length = state.length
+        self.name = state.child.name
+        self.read_only = state.child.read_only
+
+    cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil:
+        return self.child.pread(buffer, offset, length)
+
+    cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        return self.child.preadv(vector, count, offset, length)
+
+    cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        return self.child.preadv_nowait(vector, count, offset, length)
+
+    cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef Ticket ticket
+        cdef int code
+        guest_begin(self.state, offset, length, &ticket)
+        code = self.child.pwrite(buffer, offset, length, flags)
+        leave(ticket)
+        return code
+
+    cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef Ticket ticket
+        cdef int code
+        guest_begin(self.state, offset, length, &ticket)
+        code = self.child.pwritev(vector, count, offset, length, flags)
+        leave(ticket)
+        return code
+
+    cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef Ticket ticket
+        cdef int code
+        guest_begin(self.state, offset, length, &ticket)
+        code = self.child.write_zeroes_at(offset, length, flags)
+        leave(ticket)
+        return code
+
+    cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef Ticket ticket
+        cdef int code
+        guest_begin(self.state, offset, length, &ticket)
+        code = self.child.discard_at(offset, length, flags)
+        leave(ticket)
+        return code
+
+    cdef int sync(self) noexcept nogil:
+        return self.child.sync()
+
+    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
+        return self.child.block_status(offset, length, flags)
+
+
+cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+    cdef Epoch *epoch
+    cdef int64_t first, end
+    cdef int64_t started_ns = 0         # of the first wait or copy; each limit counts from here
+    while True:
+        ticket[0] = enter_guest(state, offset, length)
+        epoch = ticket.epoch
+        if epoch.geometry == NULL:
+            break
+        first = offset >> epoch.geometry.cluster_bits
+        end = cluster_end(epoch.geometry, offset, length)
+        bits_mark_seq(epoch.changed, first, end - first)
+        if bits_all_seq(epoch.settled, first, end - first):
+            break
+        if started_ns == 0:
+            started_ns = now_ns()
+        if preserve(state, ticket, first, end, started_ns) == GO_ON:
+            break
+    if started_ns:
+        count_touch(ticket.line, started_ns)
+    add_relaxed(&ticket.line.writes, 1)
+    add_relaxed(&ticket.line.bytes, <uint64_t>length)
+    fence_seq()
+
+
+cdef inline void count_touch(Line *line, int64_t started_ns) noexcept nogil:
+    cdef uint64_t took = <uint64_t>(now_ns() - started_ns)
+    add_relaxed(&line.touches, 1)
+    if took > load_relaxed(&line.wait_ns_max):
+        store_relaxed(&line.wait_ns_max, took)
+
+
+cdef inline int64_t next_unsettled(const uint64_t *settled, int64_t first, int64_t end) noexcept nogil:
+    """As bits_next_zero, with seq_cst loads (see the module's text)."""
+    cdef uint64_t bits
+    while first < end:
+        bits = ~load_seq(settled + first // 64) >> (first % 64)
+        if bits:
+            first += ctzll(bits)
+            return first if first < end else end
+        first = (first // 64 + 1) * 64
+    return end
+
+
+cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
+    """Settle first..end in the ticket's epoch, or find that nobody needs it."""
+    cdef Epoch *epoch = ticket.epoch
+    cdef int64_t limit = ROUND_BYTES >> epoch.geometry.cluster_bits
+    cdef int64_t round_end
+    if limit > ROUND_CLUSTERS:
+        limit = ROUND_CLUSTERS
+    if limit == 0:
+        limit = 1
+    while True:
+        first = next_unsettled(epoch.settled, first, end)
+        if first == end:
+            return GO_ON
+        if newest_needing(epoch, first) == NULL:
+            # Outside every `copy`, or all broken, and neither ever goes back: it needs no claim and no bit.
+            first += 1
+            continue
+        round_end = end if end - first < limit else first + limit
+        if preserve_round(state, ticket, first, round_end, started_ns) == START_OVER:
+            return START_OVER
+
+
+cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
+    """Preserve what is free to claim in first..end, a range with an unsettled cluster at its head."""
+    cdef Epoch *epoch = ticket.epoch
+    cdef Geometry *geometry = epoch.geometry
+    cdef Copy copy
+    cdef uint64_t settle[ROUND_WORDS]
+    cdef Snap *snap
+    cdef int code
+    if bits_claim_atomic(geometry.claims, copy.got, first, end - first) == 0:
+        return wait_for_claim(state, ticket, first, started_ns)
+    if not is_current(state, epoch):                                    # R3
+        return give_up(geometry, &copy, first, end, ticket)
+    copy.disk = state.disk
+    copy.disk_length = state.length
+    copy.geometry = geometry
+    copy.first = first
+    copy.count = end - first
+    copy.bounce = NULL
+    snap = select(epoch, &copy, settle)
+    release_others(epoch, &copy, settle)
+    if epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
+        return give_up(geometry, &copy, first, end, ticket)
+    if copy.items_count:
+        if not take_room(&copy):
+            copy_give_back(&copy)
+            snap_break(state, snap, WHY_FULL, 0, copy.items[0].cluster << geometry.cluster_bits)
+            return give_up(geometry, &copy, first, end, ticket)
+        code = copy_old(state, &copy, started_ns, ticket.line)
+        if code == -ETIMEDOUT:
+            # The pool has the claims and the room now, and gives them back when the device answers.
+            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, copy.items[0].cluster << geometry.cluster_bits)
+            leave(ticket[0])
+            return START_OVER
+        if code:
+            copy_give_back(&copy)
+            snap_break(state, snap, copy.why, -code, copy.error_offset)
+            return give_up(geometry, &copy, first, end, ticket)
+        if not publish(&copy):
+            snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
+            return give_up(geometry, &copy, first, end, ticket)
+        settle_and_release(epoch, &copy)
+    return GO_ON
+
+
+cdef int give_up(Geometry *geometry, Copy *copy, int64_t first, int64_t end, Ticket *ticket) noexcept nogil:
+    claim_release(geometry, copy.got, first, end - first)
+    leave(ticket[0])
+    return START_OVER
+
+
+cdef int wait_for_claim(EngineState state, Ticket *ticket, int64_t first, int64_t started_ns) noexcept nogil:
+    """Somebody else holds the claims: leave the epoch, wait, start over. Nothing is held or counted during the wait."""
+    cdef Geometry *geometry = ticket.epoch.geometry
+    cdef Snap *snap = newest_needing(ticket.epoch, first)
+    if snap == NULL:
+        return GO_ON            # it broke just now: the caller looks again
+    geometry_ref(geometry)
+    snap_ref(snap)
+    add_relaxed(&ticket.line.waits, 1)
+    leave(ticket[0])
+    if claim_wait(geometry, first, 1, started_ns + snap.cbw_timeout_ns) == -ETIMEDOUT:
+        snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
+    snap_unref(snap)
+    geometry_unref(geometry)
+    return START_OVER
+
+
+cdef Snap *select(Epoch *epoch, Copy *copy, uint64_t *settle) noexcept nogil:
+    """Make the items of COPY: claimed clusters that one snapshot needs and none has. SETTLE gets those that need nothing.
+
+    Clusters that another snapshot needs are in neither: they are left for the next round.
+    """
+    cdef Snap *snap = NULL
+    cdef Snap *needing
+    cdef int64_t base = copy.first // 64
+    cdef int64_t w, cluster
+    cdef uint64_t bits, bit
+    copy.items_count = 0
+    for w in range((copy.first + copy.count + 63) // 64 - base):
+        bits = copy.got[w]
+        settle[w] = 0
+        while bits:
+            cluster = (base + w) * 64 + ctzll(bits)
+            bit = bits & (~bits + 1)
+            bits ^= bit
+            needing = newest_needing(epoch, cluster)
+            if needing != NULL and not (load_seq(epoch.settled + base + w) & bit) \
+                    and lookup(epoch, needing, cluster) == WORD_NONE:
+                if snap == NULL:
+                    snap = needing
+                if needing != snap:
+                    continue
+                copy.items[copy.items_count].cluster = cluster
+                copy.items[copy.items_count].slot = -1
+                copy.items[copy.items_count].position = -1
+                copy.items_count += 1
+            else:
+                settle[w] |= bit
+    copy.snap = snap
+    return snap
+
+
+cdef void release_others(Epoch *epoch, Copy *copy, const uint64_t *settle) noexcept nogil:
+    """Keep the claims of the items only, so that what is held over I/O is what is copied; settle what needs nothing."""
+    cdef uint64_t others[ROUND_WORDS]
+    cdef int64_t base = copy.first // 64
+    cdef int64_t w, cluster
+    cdef uint64_t any_other = 0
+    cdef int i
+    for w in range((copy.first + copy.count + 63) // 64 - base):
+        others[w] = copy.got[w]
+        copy.got[w] = 0
+    for i in range(copy.items_count):
+        cluster = copy.items[i].cluster
+        copy.got[cluster // 64 - base] |= (<uint64_t>1) << (cluster % 64)
+    for w in range((copy.first + copy.count + 63) // 64 - base):
+        others[w] &= ~copy.got[w]
+        any_other |= others[w]
+        if settle[w]:
+            or_seq(epoch.settled + base + w, settle[w])
+    if any_other:
+        claim_release(copy.geometry, others, copy.first, copy.count)
+
+
+cdef bint old_writes_ended(EngineState state, Epoch *epoch, int64_t first, int64_t end, Snap *snap, int64_t started_ns) noexcept nogil:
+    """While a creation drains, writes of the epoch before may still be landing here: preserving now could save a torn sector.
+
+    They wait for nothing but their device, so this ends; the claims are held meanwhile. False: the deadline passed.
+    """
+    cdef int bits = epoch.geometry.cluster_bits
+    while overlapped(state, <int>((epoch.number - 1) & 3), first << bits, end << bits):
+        if snap != NULL and now_ns() > started_ns + snap.cbw_timeout_ns:
+            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << bits)
+            return False
+        sleep_ns(OLD_WRITES_POLL_NS)
+    return True
+
+
+cdef bint take_room(Copy *copy) noexcept nogil:
+    """Give every item a slot, or else a position in the log; neighbours get neighbouring positions. False: both are full."""
+    cdef uint32_t slots[ROUND_CLUSTERS]
+    cdef Store *store = copy.snap.store
+    cdef int64_t position
+    cdef int i, taken = <int>slots_take(store, slots, copy.items_count)
+    cdef int64_t got
+    for i in range(taken):
+        copy.items[i].slot = slots[i]
+        copy.items[i].data = slot_data(store, slots[i])
+    i = taken
+    while i < copy.items_count:
+        got = log_take(store, copy.items_count - i, &position)
+        if got == 0:
+            return False
+        while got > 0:
+            copy.items[i].position = position
+            position += 1
+            got -= 1
+            i += 1
+    return True
+
+
+cdef int copy_old(EngineState state, Copy *copy, int64_t started_ns, Line *line) noexcept nogil:
+    """Read the old data where that can't wait, else have the pool do it, with the deadline."""
+    cdef int code = -EAGAIN
+    if copy.items[copy.items_count - 1].slot >= 0:          # slots come first: then no item needs the disk tier
+        code = copy_read(copy, True)
+    if code == -EAGAIN:
+        add_relaxed(&line.waits, 1)
+        code = copy_in_pool(state.pool, copy, started_ns + copy.snap.cbw_timeout_ns)
+    return code
+
+
+cdef bint publish(Copy *copy) noexcept nogil:
+    """Name the data in the location map (release, after the data); I3: from here on it is immutable. False: no memory."""
+    cdef Snap *snap = copy.snap
+    cdef Store *store = snap.store
+    cdef CopyItem *item
+    cdef uint64_t *place
+    cdef uint64_t word
+    cdef uint64_t zeroes = 0
+    cdef int i
+    for i in range(copy.items_count):       # make the leaves first, so that all or nothing is published
+        if map_place(&snap.map, copy.items[i].cluster) == NULL:
+            copy_give_back(copy)
+            return False
+    for i in range(copy.items_count):
+        item = &copy.items[i]
+        if item.zero:
+            word = WORD_ZERO
+            zeroes += 1
+        elif item.slot >= 0:
+            word = ram_word(store.index, item.slot, store.slots[item.slot].generation)
+        else:
+            word = disk_word(store.index, item.position)
+        place = map_place(&snap.map, item.cluster)
+        check(load_relaxed(place) == WORD_NONE, "I3: published old data is immutable")
+        store_release(place, word)
+        summary_set(snap, item.cluster, word)
+        if item.zero:
+            if item.slot >= 0:
+                slot_unref(store, item.slot)
+            else:
+                log_give_back(store, item.position)
+    add_relaxed(&snap.preserved, <uint64_t>copy.items_count)
+    add_relaxed(&snap.preserved_zero, zeroes)
+    return True
+
+
+cdef void settle_and_release(Epoch *epoch, Copy *copy) noexcept nogil:
+    cdef int64_t base = copy.first // 64
+    cdef int64_t w
+    for w in range((copy.first + copy.count + 63) // 64 - base):
+        if copy.got[w]:
+            or_seq(epoch.settled + base + w, copy.got[w])
+    claim_release(copy.geometry, copy.got, copy.first, copy.count)

@@ -1,0 +1,19 @@
+# Beginning and end of snapshots. Everything here is called with the engine's control lock held, and may wait for device
+# I/O of guest writes that are under way; the guest waits for none of it.
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint64_t
+
+from fastcbw.cbw.state cimport EngineState, Geometry, Snap
+
+# One snapshot being taken; several of them, of different engines, are flipped in at one instant.
+cdef struct Creation:
+    PyObject *state         # EngineState
+    Snap *snap
+    uint64_t *settled       # of the new epoch: untouched zeroes
+    int index               # of the epoch before, to drain
+
+cdef void creations_flip(Creation *creations, int count) noexcept nogil         # the instant, the same for all
+cdef void creation_finish(Creation *creation) noexcept nogil                    # the view is constant when it returns
+cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil    # DELETED or BROKEN; hands over, frees, unlinks
+cdef int find_store_index(EngineState state) noexcept nogil                     # or -1
+cdef uint64_t sweep_stores(EngineState state) noexcept nogil                    # frees what can go; a bit per index freed

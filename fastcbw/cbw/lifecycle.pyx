@@ -1,0 +1,221 @@
+"""Beginning and end of snapshots: create, group, delete, break (PROTOCOL section 5).
+
+Create. Fill the next epoch: fresh `settled` (untouched zero pages, whatever the size of the disk), fresh `changed`, the
+snapshot first in `need` and `chain`. Flip; drain the old epoch's writes, which are in or out of the snapshot; flip to
+the same epoch without `draining`; drain again, because a write of the first new epoch may have read old data while an
+old write was landing and publish it late. Then the view is constant and is handed out. The guest waited for nothing.
+
+Group. New guest writes on all the disks are held while all are flipped (a few stores), so that no write that was issued
+after one disk's acknowledgement is in a snapshot that lacks it; then each disk drains for itself.
+
+End. `dead` first: readers get errors. Flip to an epoch that does not preserve for it, drain: nobody publishes into it any
+more. Then, cluster by cluster under the claim, hand each word to the next older snapshot that needs the cluster and has
+nothing for it (destination first, so that a look-up never misses it), or drop it. Only then stop marking its `changed`
+(flip, drain), give the marks to the next older one, unlink it from the chain (flip, drain), free it.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from fastcbw.bitmaps.mapping cimport unmap_pages
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
+                                 word_tag)
+from fastcbw.cbw.state cimport (ALIVE, DELETED, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
+                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_unref,
+                                summary_set)
+from fastcbw.cbw.store cimport Store, store_drop, store_free
+from fastcbw.kernels.atomic cimport cas_seq, load_acquire, load_relaxed, load_seq, or_seq, store_release, store_seq
+from fastcbw.sync cimport now_ns
+
+cdef extern from "check.h" nogil:
+    void check "fcbw_check"(bint condition, const char *rule) noexcept
+
+cdef int64_t A_MINUTE_NS = 60000000000
+
+
+
+cdef void fill(EngineState state, Creation *creation) noexcept nogil:
+    cdef Epoch *epoch = next_epoch(state)
+    cdef int i
+    for i in range(epoch.need_count, 0, -1):
+        epoch.need[i] = epoch.need[i - 1]
+    for i in range(epoch.chain_count, 0, -1):
+        epoch.chain[i] = epoch.chain[i - 1]
+    epoch.need[0] = epoch.chain[0] = creation.snap
+    epoch.need_count += 1
+    epoch.chain_count += 1
+    epoch.geometry = creation.snap.geometry
+    epoch.settled = creation.settled
+    epoch.changed = creation.snap.changed
+    epoch.draining = 1
+
+
+cdef void creations_flip(Creation *creations, int count) noexcept nogil:
+    cdef int i
+    for i in range(count):
+        fill(<EngineState>creations[i].state, &creations[i])
+    if count > 1:
+        for i in range(count):
+            store_seq(&(<EngineState>creations[i].state).hold, 1)
+    for i in range(count):
+        creations[i].index = flip(<EngineState>creations[i].state)
+    if count > 1:
+        for i in range(count):
+            store_seq(&(<EngineState>creations[i].state).hold, 0)
+
+
+cdef void creation_finish(Creation *creation) noexcept nogil:
+    finish(<EngineState>creation.state, creation)
+
+
+cdef void finish(EngineState state, Creation *creation) noexcept nogil:
+    # The epoch before lives in the ring until two flips from now; its bitmap goes when its writes have ended.
+    cdef uint64_t *old_settled = state.epochs[creation.index].settled
+    drain(state, creation.index)
+    next_epoch(state)               # a copy with `draining` off
+    drain(state, flip(state))
+    if old_settled != NULL:
+        unmap_pages(old_settled, bitmap_bytes(creation.snap.geometry.clusters))
+
+
+cdef int position_of(Snap **list, int count, Snap *snap) noexcept nogil:
+    cdef int i
+    for i in range(count):
+        if list[i] == snap:
+            return i
+    return -1
+
+
+cdef int without(Snap **list, int count, Snap *snap) noexcept nogil:
+    """Take SNAP out of the list; return the new count."""
+    cdef int i, at = position_of(list, count, snap)
+    if at < 0:
+        return count
+    for i in range(at, count - 1):
+        list[i] = list[i + 1]
+    return count - 1
+
+
+cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
+    cdef Epoch *epoch
+    cdef uint64_t *settled = NULL
+    cdef Snap *older = NULL
+    cdef int at
+    cdef int64_t words = bitmap_bytes(snap.geometry.clusters) // 8
+    cas_seq(&snap.dead, ALIVE, why)
+
+    epoch = next_epoch(state)
+    epoch.need_count = without(epoch.need, epoch.need_count, snap)
+    drain(state, flip(state))
+    hand_over(state, snap)
+
+    epoch = next_epoch(state)
+    at = position_of(epoch.chain, epoch.chain_count, snap)
+    check(at >= 0, "a snapshot is retired once")
+    if at + 1 < epoch.chain_count:
+        older = epoch.chain[at + 1]
+    if at == 0 and older != NULL:
+        epoch.changed = older.changed
+    drain(state, flip(state))
+    if older != NULL:
+        add_marks(older.changed, snap.changed, words)
+
+    epoch = next_epoch(state)
+    epoch.chain_count = without(epoch.chain, epoch.chain_count, snap)
+    if epoch.chain_count == 0:
+        settled = epoch.settled
+        epoch.geometry = NULL
+        epoch.settled = NULL
+        epoch.changed = NULL
+    drain(state, flip(state))
+    if settled != NULL:
+        unmap_pages(settled, words * 8)
+    snap.store.retired = True
+
+
+cdef void add_marks(uint64_t *target, const uint64_t *source, int64_t words) noexcept nogil:
+    """target |= source, while others set bits in target."""
+    cdef int64_t w
+    cdef uint64_t bits
+    for w in range(words):
+        bits = load_relaxed(source + w)
+        if bits:
+            or_seq(target + w, bits)
+
+
+cdef void hand_over(EngineState state, Snap *snap) noexcept nogil:
+    """Give each word of SNAP to the snapshot that still needs it, or drop it. Nobody publishes into SNAP any more."""
+    cdef int64_t leaf = map_next_leaf(&snap.map, 0)
+    cdef int64_t cluster
+    while leaf < snap.map.clusters:
+        for cluster in range(leaf, min(leaf + LEAF_CLUSTERS, snap.map.clusters)):
+            if map_get(&snap.map, cluster) != WORD_NONE:
+                hand_over_one(state, snap, cluster)
+        leaf = map_next_leaf(&snap.map, leaf + LEAF_CLUSTERS)
+
+
+cdef void hand_over_one(EngineState state, Snap *snap, int64_t cluster) noexcept nogil:
+    cdef Geometry *geometry = snap.geometry
+    cdef uint64_t got = (<uint64_t>1) << (cluster % 64)
+    cdef uint64_t word
+    cdef uint64_t dropped = WORD_NONE
+    cdef uint64_t *place
+    cdef Snap *heir
+    cdef Ticket ticket
+    while claim_one(geometry, cluster, now_ns() + A_MINUTE_NS) != 0:
+        pass                # held over a copy whose device does not answer: there is nothing better than to wait
+    ticket = enter(state)
+    word = map_get(&snap.map, cluster)
+    while word != WORD_NONE:
+        heir = next_older(ticket.epoch, snap, cluster)
+        if heir != NULL:
+            place = map_place(&heir.map, cluster)
+            if place == NULL:
+                snap_break(state, heir, WHY_MEMORY, 0, cluster << geometry.cluster_bits)
+                continue        # it needs nothing any more; the one before it may
+            if load_acquire(place) == WORD_NONE:
+                store_release(place, word)                                      # R4: destination first
+                summary_set(heir, cluster, word)
+                store_release(map_place(&snap.map, cluster), WORD_NONE)
+                break
+        store_release(map_place(&snap.map, cluster), WORD_NONE)
+        dropped = word
+        break
+    summary_set(snap, cluster, WORD_NONE)
+    claim_release(geometry, &got, cluster, 1)
+    leave(ticket)
+    if word_tag(dropped) == WORD_RAM or word_tag(dropped) == WORD_DISK:
+        store_drop(state.stores[word_store(dropped)], dropped)      # may give space back to a file system: not under the claim
+
+
+cdef Snap *next_older(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
+    """The newest snapshot older than SNAP that CLUSTER is kept for, or NULL."""
+    cdef int i, j
+    cdef int at = position_of(<Snap **>epoch.chain, epoch.chain_count, snap)
+    for i in range(at + 1, epoch.chain_count):
+        for j in range(epoch.need_count):
+            if epoch.need[j] == epoch.chain[i] and load_seq(&(<Snap *>epoch.need[j]).dead) == ALIVE \
+                    and in_copy(epoch.need[j], cluster):
+                return <Snap *>epoch.need[j]
+    return NULL
+
+
+cdef int find_store_index(EngineState state) noexcept nogil:
+    cdef int i
+    for i in range(64):
+        if state.stores[i] == NULL:
+            return i
+    return -1
+
+
+cdef uint64_t sweep_stores(EngineState state) noexcept nogil:
+    """Free the retired stores that nothing names. After the last drain of a retire: no look-up can hold a word of theirs."""
+    cdef uint64_t freed = 0
+    cdef Store *store
+    cdef int i
+    for i in range(64):
+        store = state.stores[i]
+        if store != NULL and store.retired and store.slots_used == 0 and store.log_used == 0 and load_seq(&store.pins) == 0:
+            state.stores[i] = NULL
+            store_free(store)
+            freed |= (<uint64_t>1) << i
+    return freed

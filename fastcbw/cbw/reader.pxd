@@ -1,0 +1,24 @@
+# Reading a snapshot.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.state cimport EngineState, Epoch, Snap
+
+cdef enum:
+    # codes of the snapshot's own errors, beside -errno: a door or an export turns them into what its users know
+    ERROR_BROKEN = -1000        # the snapshot was broken: EIO outside
+    ERROR_NOT_IN_SNAPSHOT = -1001       # outside `copy`: EINVAL outside
+
+cdef class SnapshotDevice(BlockDevice):
+    cdef EngineState state
+    cdef Snap *snap             # one reference, until close
+    cdef readonly int cluster_bits
+
+    cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil
+    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil
+    cdef bint take_counted(self, Epoch *epoch, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
+    cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
+    cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil
+    cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil
+    cdef str broken_reason(self)

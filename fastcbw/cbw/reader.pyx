@@ -1,0 +1,370 @@
+"""The snapshot reader: the disk as it was, while the guest goes on writing. It never makes the guest wait.
+
+A cluster that no store in the chain holds is read from the active disk, optimistically, and looked up again afterwards:
+still held by none means that no guest write can have begun before the read ended (old data is published before the write
+starts, and a fence stands on both sides), so what was read is the point in time. Held means that it is in the store now.
+A RAM slot is copied, then its word looked up again, generation and all; the log is read with the store pinned, then the
+same. Last, after the look-ups, `dead` and `copy`: an end clears those first (R5).
+
+Counted in an epoch: look-ups and copies out of RAM. Not counted: I/O.
+"""
+
+from libc.errno cimport EINVAL, EIO
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
+from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, word_position,
+                                 word_slot, word_store, word_tag)
+from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_SOURCE, WHY_STORE,
+                                WHY_TIMEOUT, enter, leave, lookup, snap_ref, snap_unref)
+from fastcbw.cbw.store cimport Store, log_read, slot_data
+from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
+from fastcbw.kernels.bits cimport bits_any
+
+import os
+
+from fastcbw.errors import NotInSnapshot, SnapshotBroken
+
+cdef enum:
+    BATCH_CLUSTERS = 256        # looked up while counted once
+
+cdef int64_t BATCH_BYTES = 1 << 20
+
+cdef dict WHY_TEXT = {
+    WHY_FULL: "its store is full (both tiers at their limits)",
+    WHY_SOURCE: "old data could not be read from the disk",
+    WHY_STORE: "the disk tier could not be written",
+    WHY_TIMEOUT: "preserving old data took longer than cbw-timeout",
+    WHY_MEMORY: "no memory for the location map",
+}
+
+
+cdef class SnapshotDevice(BlockDevice):
+    """One snapshot as a read-only device. Reads are the point in time, or an error."""
+
+    def __cinit__(self, *args, **keywords):
+        self.read_only = True
+
+    def __dealloc__(self):
+        if self.snap != NULL:
+            snap_unref(self.snap)
+
+    cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil:
+        cdef int64_t piece
+        cdef int code
+        cdef char *out = <char *>buffer
+        while length:
+            piece = length if length < BATCH_BYTES else BATCH_BYTES
+            code = self.read_range(out, offset, piece)
+            if code:
+                return code
+            out += piece
+            offset += piece
+            length -= piece
+        return 0
+
+    cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        cdef int i, code
+        for i in range(count):
+            code = self.pread(vector[i].iov_base, offset, <int64_t>vector[i].iov_len)
+            if code:
+                return code
+            offset += <int64_t>vector[i].iov_len
+        return 0
+
+    cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil:
+        """At most BATCH_BYTES. Batches of clusters; see read_batch."""
+        cdef int64_t end = offset + length
+        cdef int64_t batch_end
+        cdef int code
+        while offset < end:
+            batch_end = ((offset >> self.cluster_bits) + BATCH_CLUSTERS) << self.cluster_bits
+            if batch_end > end:
+                batch_end = end
+            code = self.read_batch(buffer, offset, batch_end)
+            if code:
+                return code
+            buffer += batch_end - offset
+            offset = batch_end
+        return self.verdict(end - length, length)
+
+    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil:
+        """Fill BUFFER with offset..end, at most BATCH_CLUSTERS clusters.
+
+        words[] says what each cluster still needs: 0, read the disk; a word, read the store; RETRY, look again; DONE. A pass that finds a
+        cluster's word changed leaves it for the next pass; each change is progress of somebody else, and words of a
+        cluster change a handful of times in the life of a snapshot, so this ends.
+        """
+        cdef uint64_t words[BATCH_CLUSTERS]
+        cdef uint64_t word
+        cdef Ticket ticket
+        cdef int64_t first = offset >> self.cluster_bits
+        cdef int count = <int>(((end - 1) >> self.cluster_bits) - first + 1)
+        cdef int i, run, left, code
+        cdef int64_t begin, stop
+        code = self.verdict(offset, end - offset)
+        if code:
+            return code
+        # First look: everything in one go; what is in RAM or zero is done at once.
+        ticket = enter(self.state)
+        look_up_run(ticket.epoch, self.snap, first, count, words)
+        left = 0
+        for i in range(count):
+            if word_tag(words[i]) == WORD_NONE or not self.take_counted(ticket.epoch, buffer, offset, end, first + i, words + i):
+                left += 1
+        leave(ticket)
+        while left:
+            # Runs that no store holds: read the disk, then look again.
+            i = 0
+            while i < count:
+                run = i
+                while i < count and words[i] == WORD_NONE:
+                    i += 1
+                if i > run:
+                    begin = (first + run) << self.cluster_bits
+                    stop = (first + i) << self.cluster_bits
+                    begin = begin if begin > offset else offset
+                    stop = stop if stop < end else end
+                    code = self.state.child.pread(buffer + (begin - offset), begin, stop - begin)
+                    if code:
+                        return code
+                while i < count and words[i] != WORD_NONE:
+                    i += 1
+            fence_seq()
+            for i in range(count):
+                if word_tag(words[i]) == WORD_DISK and words[i] != DONE:
+                    code = self.take_from_log(buffer, offset, end, first + i, words + i)
+                    if code:
+                        return code
+            left = 0
+            ticket = enter(self.state)
+            for i in range(count):
+                if words[i] == DONE:
+                    continue
+                word = lookup(ticket.epoch, self.snap, first + i)
+                if words[i] == WORD_NONE and word == WORD_NONE:
+                    words[i] = DONE
+                    continue
+                words[i] = word
+                if word_tag(word) == WORD_NONE or not self.take_counted(ticket.epoch, buffer, offset, end, first + i, words + i):
+                    left += 1
+            leave(ticket)
+        return 0
+
+    cdef bint take_counted(self, Epoch *epoch, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil:
+        """Take one cluster that is in RAM or zero, while counted; *word is DONE then. False: it is on disk, or moved away."""
+        cdef int64_t begin = cluster << self.cluster_bits
+        cdef int64_t stop = begin + ((<int64_t>1) << self.cluster_bits)
+        cdef int64_t skip = 0
+        cdef const char *data
+        cdef Store *store
+        if word_tag(word[0]) == WORD_DISK:
+            return False
+        if begin < offset:
+            skip = offset - begin
+            begin = offset
+        if stop > end:
+            stop = end
+        if word[0] == WORD_ZERO:
+            memset(buffer + (begin - offset), 0, <size_t>(stop - begin))
+            word[0] = DONE
+            return True
+        store = self.state.stores[word_store(word[0])]
+        data = slot_data(store, word_slot(word[0]))
+        memcpy(buffer + (begin - offset), data + skip, <size_t>(stop - begin))
+        fence_acquire()
+        if lookup(epoch, self.snap, cluster) != word[0]:
+            word[0] = WORD_NONE     # moved to the disk tier or handed on: the next pass finds it
+            return False
+        word[0] = DONE
+        return True
+
+    cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil:
+        """Take one cluster from the log; *word is DONE then, or RETRY. The store is pinned for the I/O."""
+        cdef int64_t cluster_bytes = (<int64_t>1) << self.cluster_bits
+        cdef int64_t begin = cluster << self.cluster_bits
+        cdef int64_t stop = begin + cluster_bytes
+        cdef int64_t skip = 0
+        cdef uint64_t now
+        cdef char *bounce
+        cdef Store *store
+        cdef Ticket ticket
+        cdef int code
+        if begin < offset:
+            skip = offset - begin
+        if stop > end:
+            stop = end
+        ticket = enter(self.state)
+        now = lookup(ticket.epoch, self.snap, cluster)
+        if now != word[0]:
+            word[0] = RETRY
+            leave(ticket)
+            return 0
+        store = self.state.stores[word_store(now)]
+        add_seq(&store.pins, 1)
+        leave(ticket)
+        bounce = <char *>malloc(<size_t>cluster_bytes)
+        if bounce == NULL:
+            code = -12          # ENOMEM
+        else:
+            code = log_read(store, word_position(now), bounce)
+            memcpy(buffer + (begin + skip - offset), bounce + skip, <size_t>(stop - begin - skip))
+            free(bounce)
+        sub_seq(&store.pins, 1)
+        fence_acquire()
+        ticket = enter(self.state)
+        now = lookup(ticket.epoch, self.snap, cluster)
+        leave(ticket)
+        if now != word[0]:
+            word[0] = RETRY     # dropped or moved meanwhile: what was read, or its error, says nothing
+            return 0
+        word[0] = DONE
+        return code
+
+    cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil:
+        """0, or why the snapshot may not be read there. I5: one cluster outside `copy` makes the request an error."""
+        cdef int64_t first = offset >> self.cluster_bits
+        cdef int64_t count = ((offset + length - 1) >> self.cluster_bits) + 1 - first
+        fence_acquire()         # after the look-ups that came before (R5)
+        if load_seq(&self.snap.dead) != ALIVE:
+            return ERROR_BROKEN
+        if bits_any(self.snap.not_copy, first, count):
+            return ERROR_NOT_IN_SNAPSHOT
+        return 0
+
+    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
+        """Zero clusters are holes; what is in a store is data; what is nowhere is what the active disk says, if it still is so."""
+        cdef uint64_t words[BATCH_CLUSTERS]
+        cdef uint64_t kind
+        cdef Ticket ticket
+        cdef int64_t first = offset >> self.cluster_bits
+        cdef int64_t cluster = first
+        cdef int64_t end_cluster = ((offset + length - 1) >> self.cluster_bits) + 1
+        cdef int64_t got, limit
+        cdef int i, count
+        cdef int code = self.verdict(offset, 1)
+        if code:
+            return code
+        while True:
+            # How far does the kind of the first cluster go?
+            kind = DONE
+            cluster = first
+            while cluster < end_cluster:
+                count = BATCH_CLUSTERS if end_cluster - cluster > BATCH_CLUSTERS else <int>(end_cluster - cluster)
+                ticket = enter(self.state)
+                look_up_run(ticket.epoch, self.snap, cluster, count, words)
+                leave(ticket)
+                if kind == DONE:
+                    kind = kind_of(words[0])
+                i = 0
+                while i < count and kind_of(words[i]) == kind:
+                    i += 1
+                cluster += i
+                if i < count or cluster - first >= STATUS_CLUSTERS_MAX:
+                    break
+            limit = (cluster << self.cluster_bits) - offset
+            if limit > length:
+                limit = length
+            if kind == WORD_ZERO:
+                flags[0] = STATUS_HOLE | STATUS_ZERO
+                return limit
+            if kind != WORD_NONE:
+                flags[0] = 0
+                return limit
+            got = self.state.child.block_status(offset, limit, flags)
+            if got < 0:
+                return got
+            fence_seq()
+            got = self.nowhere(offset, got)
+            if got > 0:         # 0: its first cluster was preserved meanwhile, which happens once
+                code = self.verdict(offset, 1)
+                return got if code == 0 else code
+
+    cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil:
+        """How many bytes of the range, from its start, still no store holds."""
+        cdef uint64_t words[BATCH_CLUSTERS]
+        cdef int64_t cluster = offset >> self.cluster_bits
+        cdef int64_t end = ((offset + length - 1) >> self.cluster_bits) + 1
+        cdef int64_t stop
+        cdef int i, count
+        cdef Ticket ticket
+        while cluster < end:
+            count = BATCH_CLUSTERS if end - cluster > BATCH_CLUSTERS else <int>(end - cluster)
+            ticket = enter(self.state)
+            look_up_run(ticket.epoch, self.snap, cluster, count, words)
+            leave(ticket)
+            for i in range(count):
+                if words[i] != WORD_NONE:
+                    stop = (cluster + i) << self.cluster_bits
+                    return stop - offset if stop > offset else 0
+            cluster += count
+        return length
+
+    # -- control plane
+
+    cdef str broken_reason(self):
+        """Why the snapshot can't be read any more, for messages; None while it can."""
+        cdef uint64_t why = load_seq(&self.snap.broken_why)
+        cdef uint64_t code
+        if load_seq(&self.snap.dead) == ALIVE:
+            return None
+        if why not in WHY_TEXT:
+            return "it was deleted"
+        text = WHY_TEXT[why]
+        code = load_relaxed(&self.snap.broken_errno)
+        if code and why != WHY_TIMEOUT:
+            text += f": {os.strerror(code)}"
+        return f"{text}, at offset {load_relaxed(&self.snap.broken_offset)}"
+
+    @property
+    def broken(self):
+        """None while the snapshot can be read, else why not."""
+        self.check_open()
+        return self.broken_reason()
+
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
+        if code == ERROR_BROKEN:
+            raise SnapshotBroken(f"{self.name}: {operation} {offset}+{length}: snapshot broken: {self.broken_reason()}")
+        if code == ERROR_NOT_IN_SNAPSHOT:
+            raise NotInSnapshot(f"{self.name}: {operation} {offset}+{length}: the range, or a part of it, is not in the snapshot")
+        return BlockDevice.fail(self, code, operation, offset, length)
+
+
+cdef enum:
+    STATUS_CLUSTERS_MAX = 1 << 18       # looked at for one extent of block status
+
+
+# No word looks like these: their tag is DISK, their positions are beyond any log.
+cdef uint64_t DONE = ~(<uint64_t>0)
+cdef uint64_t RETRY = ~(<uint64_t>0) - 256
+
+
+cdef inline uint64_t kind_of(uint64_t word) noexcept nogil:
+    """What block status tells apart: nowhere, zero, in a store."""
+    return word if word == WORD_NONE or word == WORD_ZERO else WORD_RAM
+
+
+cdef void look_up_run(const Epoch *epoch, Snap *snap, int64_t first, int64_t count, uint64_t *words) noexcept nogil:
+    """lookup() for COUNT neighbours: a leaf that is not there answers for its 64 clusters at once."""
+    cdef int64_t i = 0, stop, j
+    cdef int k
+    cdef const uint64_t *leaf
+    cdef uint64_t word
+    memset(words, 0, <size_t>count * 8)
+    while i < count:
+        stop = LEAF_CLUSTERS - (first + i) % LEAF_CLUSTERS + i
+        if stop > count:
+            stop = count
+        for k in range(epoch.chain_count):
+            leaf = map_leaf(&(<Snap *>epoch.chain[k]).map, first + i)
+            if leaf != NULL:
+                for j in range(i, stop):
+                    word = load_acquire(leaf + (first + j) % LEAF_CLUSTERS)
+                    if word:
+                        words[j] = word
+            if epoch.chain[k] == snap:
+                break
+        i = stop

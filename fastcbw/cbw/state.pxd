@@ -1,0 +1,133 @@
+# The state of one engine: what PROTOCOL calls engine, epoch and snapshot. Read this first.
+#
+# How a word is shared stands at each field: (control) changed under the engine's control lock only; (flip) filled before
+# the epoch is flipped in, constant while anybody is counted in it; (claim) changed under the claim of its cluster;
+# (atomic) by the atomics of kernels/atomic.pxd; (lock) under the mutex named.
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.locmap cimport LocationMap
+from fastcbw.cbw.store cimport Store
+from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
+
+cdef enum:
+    LINES = 256                 # one for each live thread, see csrc/threads.h
+    SNAPSHOTS_MAX = 62          # stores and chain positions; two are kept for stores that outlive their snapshot
+    STRIPES = 64                # mutexes for those who wait for a claim
+
+    # Snapshot.dead
+    ALIVE = 0
+    DELETED = 1
+    BROKEN = 2
+
+    # Snapshot.broken_why
+    WHY_NOT = 0
+    WHY_FULL = 1                # both tiers at their limits
+    WHY_SOURCE = 2              # the old data could not be read
+    WHY_STORE = 3               # the disk tier could not be written
+    WHY_TIMEOUT = 4             # preserving took longer than cbw-timeout
+    WHY_MEMORY = 5              # no memory for the location map
+
+# What a claim is taken in: one cluster size, from the first live snapshot until the last has gone. A copy that timed out
+# keeps a reference, so that it can give back its claims whenever its device answers.
+cdef struct Geometry:
+    uint64_t refs               # atomic
+    int cluster_bits            # log2 of the cluster size
+    int64_t clusters            # of the disk; the last may be partial
+    uint64_t *claims            # bit per cluster (atomic); the only right to change a word, `settled`, `copy` of c
+    uint64_t waiters            # threads that wait for a claim (atomic): nobody, nothing to wake
+    pthread_mutex_t mutex[STRIPES]
+    pthread_cond_t cond[STRIPES]
+
+cdef struct Snap:
+    uint64_t id                 # never reused within an engine
+    Geometry *geometry          # one reference
+    Store *store                # where new old data goes (control)
+    LocationMap map             # words (claim), looked up by anybody counted
+    uint64_t *not_copy          # complement of `copy`: bit set, the reader does not need the cluster (claim)
+    uint64_t *changed           # written since the snapshot, marked by guest writes while it is the newest (atomic)
+    uint64_t *ram               # summaries of the words, for queries and copy order only (atomic)
+    uint64_t *disk
+    uint64_t *zero
+    uint64_t dead               # ALIVE, DELETED, BROKEN (atomic, seq_cst); never goes back
+    uint64_t broken_why         # WHY_*, with broken_errno and broken_offset, written by who broke it (atomic)
+    uint64_t broken_errno
+    uint64_t broken_offset
+    uint64_t refs               # its owner, readers during a request, guest writes that wait outside an epoch (atomic)
+    int64_t cbw_timeout_ns
+    uint64_t preserved          # clusters that were preserved for it, zero ones included (atomic counter)
+    uint64_t preserved_zero
+
+cdef struct Epoch:
+    uint64_t number
+    Geometry *geometry          # NULL: no snapshot, nothing to preserve (flip)
+    uint64_t *settled           # bit per cluster: a guest write has nothing left to preserve (claim)
+    uint64_t *changed           # the newest live snapshot's (atomic)
+    int draining                # between the two flips of a creation (flip)
+    int need_count              # snapshots to preserve for, newest first; no dying ones (flip)
+    int chain_count             # snapshots to look in, newest first; dying ones included (flip)
+    Snap *need[SNAPSHOTS_MAX]
+    Snap *chain[SNAPSHOTS_MAX]
+
+# Two cache lines of a thread: no other thread writes them, except that line 0 is shared by all beyond LINES - 1.
+cdef struct Line:
+    uint64_t inflight[4]        # operations counted, by epoch number & 3 (atomic, seq_cst)
+    uint64_t begin              # bytes: the range of the guest write that is counted; set before it is counted (atomic)
+    uint64_t end
+    uint64_t pad[2]
+    uint64_t writes             # guest writes, zeroes and discards (atomic counters, relaxed)
+    uint64_t bytes
+    uint64_t touches            # of these, with something to preserve
+    uint64_t waits              # waited for a claim or a slow device
+    uint64_t wait_ns_max
+    uint64_t pad2[3]
+
+cdef struct Ticket:
+    Epoch *epoch
+    Line *line
+    int index                   # the very counter that was incremented
+
+cdef class EngineState:
+    cdef BlockDevice child      # the active disk
+    cdef PyObject *disk         # the same, for C
+    cdef int64_t length         # bytes
+    cdef Line *lines            # [LINES]
+    cdef Epoch epochs[4]        # fixed: an enter may look at one that is over, never at one that is freed
+    cdef uint64_t number        # of the present epoch (atomic, seq_cst)
+    cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
+    cdef Store *stores[64]      # by the number in location words (control; read while counted)
+    cdef uint64_t broken_count  # snapshots broken since the engine began: the keeper looks when it changes (atomic)
+    cdef object workers         # cbw.worker.CopyPool, set by the Engine
+    cdef PyObject *pool         # the same, for C; NULL before the first snapshot
+
+cdef Ticket enter(EngineState state) noexcept nogil
+cdef Ticket enter_guest(EngineState state, int64_t offset, int64_t length) noexcept nogil
+cdef void leave(Ticket ticket) noexcept nogil
+cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil      # R3
+cdef Epoch *next_epoch(EngineState state) noexcept nogil            # a copy of the present one, to be changed and flipped in
+cdef int flip(EngineState state) noexcept nogil                     # the index to drain
+cdef void drain(EngineState state, int index) noexcept nogil        # returns when nobody is counted there
+cdef bint overlapped(EngineState state, int index, int64_t begin, int64_t end) noexcept nogil
+
+cdef Geometry *geometry_new(int64_t length, int cluster_bits) noexcept nogil
+cdef void geometry_ref(Geometry *geometry) noexcept nogil
+cdef void geometry_unref(Geometry *geometry) noexcept nogil
+cdef void claim_release(Geometry *geometry, const uint64_t *got, int64_t first, int64_t count) noexcept nogil
+# Waits until nobody claims any cluster of the range, or the deadline; takes nothing. 0 or -ETIMEDOUT.
+cdef int claim_wait(Geometry *geometry, int64_t first, int64_t count, int64_t deadline_ns) noexcept nogil
+cdef int claim_one(Geometry *geometry, int64_t cluster, int64_t deadline_ns) noexcept nogil     # waits; -ETIMEDOUT
+
+cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_t id) noexcept nogil
+cdef void snap_ref(Snap *snap) noexcept nogil
+cdef void snap_unref(Snap *snap) noexcept nogil
+cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil
+cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil
+cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int64_t offset) noexcept nogil
+cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
+cdef int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil
+
+cdef inline int64_t bitmap_bytes(int64_t bits) noexcept nogil:
+    return (bits + 63) // 64 * 8
+
+cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil         # acquire

@@ -1,0 +1,360 @@
+"""Engine state: epochs, who is counted in them, claims, snapshots, and the look-up along the chain.
+
+The order of steps and the memory ordering follow PROTOCOL sections 2, 3 and 8; the names are the same. In short:
+
+    enter / flip    An operation adds one to its own counter of the epoch, then loads the epoch number; a flip stores the
+                    number, then the drain loads the counters. All four are sequentially consistent, so that never both miss:
+                    either the operation sees the new number and starts over, or the drain sees the operation and waits.
+    claims          fetch_or with acquire, release with seq_cst (the waiters' count is loaded after it, see claim_release).
+    publish         the data, then its location word with release; a look-up loads the word with acquire, then the data.
+    end of data     `dead` or `not_copy` first, then the word is removed; readers check in the opposite order.
+
+The epochs are a ring of four: a flip fills the next one, and goes on only after the one before the last is drained, so
+that an operation that is counted never sees its epoch refilled.
+"""
+
+from cpython.ref cimport PyObject
+from libc.errno cimport ENOMEM, ETIMEDOUT
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
+from fastcbw.cbw.store cimport Store, store_free
+from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
+                                     load_seq, or_acquire, or_release, store_relaxed, store_seq, sub_seq)
+from fastcbw.kernels.bits cimport bits_any
+from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy,
+                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
+
+cdef extern from "threads.h" nogil:
+    int thread_slot "fcbw_thread_slot"() noexcept
+
+cdef extern from "check.h" nogil:
+    void check "fcbw_check"(bint condition, const char *rule) noexcept
+
+cdef int64_t POLL_NS_MIN = 5000
+cdef int64_t POLL_NS_MAX = 500000
+
+
+cdef class EngineState:
+    """What one engine shares between its threads. Only cbw modules touch it; Python sees the Engine."""
+
+    def __cinit__(self, BlockDevice child not None):
+        self.child = child
+        self.disk = <PyObject *>child
+        self.length = child.length
+        self.lines = <Line *>map_pages(LINES * sizeof(Line))
+        if self.lines == NULL:
+            raise MemoryError("engine: no memory for the threads' counters")
+        self.number = 1
+        self.epochs[1].number = 1
+
+    def __dealloc__(self):
+        cdef int i
+        if self.lines != NULL:
+            unmap_pages(self.lines, LINES * sizeof(Line))
+        for i in range(64):
+            if self.stores[i] != NULL:
+                store_free(self.stores[i])
+
+
+# -- epochs
+
+cdef inline Ticket count_in(EngineState state, Line *line, bint guest) noexcept nogil:
+    cdef Ticket ticket
+    cdef uint64_t number
+    ticket.line = line
+    while True:
+        number = load_seq(&state.number)
+        ticket.index = <int>(number & 3)
+        add_seq(&line.inflight[ticket.index], 1)
+        if load_seq(&state.number) == number and not (guest and load_seq(&state.hold)):
+            ticket.epoch = &state.epochs[ticket.index]
+            check(ticket.epoch.number == number, "a counted operation sees its own epoch")
+            return ticket
+        sub_seq(&line.inflight[ticket.index], 1)
+        while guest and load_seq(&state.hold):
+            sleep_ns(POLL_NS_MIN)
+
+
+cdef Ticket enter(EngineState state) noexcept nogil:
+    """Be counted in the present epoch. For everybody but guest writes."""
+    return count_in(state, &state.lines[thread_slot()], False)
+
+
+cdef Ticket enter_guest(EngineState state, int64_t offset, int64_t length) noexcept nogil:
+    """As enter, for a guest write to that range of bytes; waits while a group of disks is being flipped."""
+    cdef int slot = thread_slot()
+    cdef Line *line = &state.lines[slot]
+    if slot == 0:       # shared by many: its range says nothing, so it stands for the whole disk
+        store_relaxed(&line.begin, 0)
+        store_relaxed(&line.end, <uint64_t>-1)
+    else:
+        store_relaxed(&line.begin, <uint64_t>offset)
+        store_relaxed(&line.end, <uint64_t>(offset + length))
+    return count_in(state, line, True)
+
+
+cdef void leave(Ticket ticket) noexcept nogil:
+    sub_seq(&ticket.line.inflight[ticket.index], 1)
+
+
+cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil:
+    return load_seq(&state.number) == epoch.number
+
+
+cdef Epoch *next_epoch(EngineState state) noexcept nogil:
+    """The next epoch of the ring as a copy of the present one. Control lock held, everything before drained."""
+    cdef uint64_t number = load_seq(&state.number)
+    cdef Epoch *fresh = &state.epochs[(number + 1) & 3]
+    memcpy(fresh, &state.epochs[number & 3], sizeof(Epoch))
+    fresh.number = number + 1
+    fresh.draining = 0
+    return fresh
+
+
+cdef int flip(EngineState state) noexcept nogil:
+    cdef uint64_t number = load_seq(&state.number)
+    store_seq(&state.number, number + 1)
+    return <int>(number & 3)
+
+
+cdef void drain(EngineState state, int index) noexcept nogil:
+    """Wait until nobody is counted at INDEX. Operations there wait for device I/O only, so this ends when they do."""
+    cdef int i
+    cdef int64_t pause = POLL_NS_MIN
+    for i in range(LINES):
+        while load_seq(&state.lines[i].inflight[index]) != 0:
+            sleep_ns(pause)
+            if pause < POLL_NS_MAX:
+                pause *= 2
+
+
+cdef bint overlapped(EngineState state, int index, int64_t begin, int64_t end) noexcept nogil:
+    """Whether a write counted at INDEX may overlap the bytes begin..end.
+
+    A look-up counted there shows the range of its thread's last write: a wait for nothing, and a short one.
+    """
+    cdef int i
+    for i in range(LINES):
+        if load_seq(&state.lines[i].inflight[index]) != 0:
+            if load_relaxed(&state.lines[i].begin) < <uint64_t>end and load_relaxed(&state.lines[i].end) > <uint64_t>begin:
+                return True
+    return False
+
+
+# -- geometry and claims
+
+cdef Geometry *geometry_new(int64_t length, int cluster_bits) noexcept nogil:
+    cdef Geometry *geometry = <Geometry *>calloc(1, sizeof(Geometry))
+    cdef int i
+    if geometry == NULL:
+        return NULL
+    geometry.refs = 1
+    geometry.cluster_bits = cluster_bits
+    geometry.clusters = (length + ((<int64_t>1) << cluster_bits) - 1) >> cluster_bits
+    geometry.claims = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
+    if geometry.claims == NULL:
+        free(geometry)
+        return NULL
+    for i in range(STRIPES):
+        pthread_mutex_init(&geometry.mutex[i], NULL)
+        cond_init(&geometry.cond[i])
+    return geometry
+
+
+cdef void geometry_ref(Geometry *geometry) noexcept nogil:
+    add_seq(&geometry.refs, 1)
+
+
+cdef void geometry_unref(Geometry *geometry) noexcept nogil:
+    cdef int i
+    if sub_seq(&geometry.refs, 1) != 1:
+        return
+    unmap_pages(geometry.claims, bitmap_bytes(geometry.clusters))
+    for i in range(STRIPES):
+        pthread_mutex_destroy(&geometry.mutex[i])
+        pthread_cond_destroy(&geometry.cond[i])
+    free(geometry)
+
+
+cdef int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil:
+    """One past the last cluster that the range touches."""
+    return (offset + length + ((<int64_t>1) << geometry.cluster_bits) - 1) >> geometry.cluster_bits
+
+
+cdef inline int stripe_of(int64_t cluster) noexcept nogil:
+    return <int>((cluster // 64) % STRIPES)
+
+
+cdef void claim_release(Geometry *geometry, const uint64_t *got, int64_t first, int64_t count) noexcept nogil:
+    """Give back the claims in GOT (as bits_claim_atomic filled it for that range), and wake who waits.
+
+    A waiter counts itself, then tests the bit; here the bit is cleared, then the count is loaded, all seq_cst: one of the
+    two sees the other. The stripe's lock makes the wake-up wait for a waiter that has tested and not yet gone to sleep.
+    """
+    cdef int64_t base = first // 64
+    cdef int64_t w
+    cdef int stripe
+    for w in range(base, (first + count + 63) // 64):
+        if got[w - base] == 0:
+            continue
+        and_seq(geometry.claims + w, ~got[w - base])
+        if load_seq(&geometry.waiters) != 0:
+            stripe = stripe_of(w * 64)
+            pthread_mutex_lock(&geometry.mutex[stripe])
+            pthread_cond_broadcast(&geometry.cond[stripe])
+            pthread_mutex_unlock(&geometry.mutex[stripe])
+
+
+cdef int claim_wait(Geometry *geometry, int64_t first, int64_t count, int64_t deadline_ns) noexcept nogil:
+    cdef int64_t w
+    cdef int64_t begin, end
+    cdef int stripe, code = 0
+    add_seq(&geometry.waiters, 1)
+    for w in range(first // 64, (first + count + 63) // 64):
+        begin = first if first > w * 64 else w * 64
+        end = first + count if first + count < (w + 1) * 64 else (w + 1) * 64
+        stripe = stripe_of(begin)
+        pthread_mutex_lock(&geometry.mutex[stripe])
+        while code == 0 and claimed_seq(geometry, begin, end):
+            if cond_wait_until(&geometry.cond[stripe], &geometry.mutex[stripe], deadline_ns) == ETIMEDOUT:
+                code = -ETIMEDOUT
+        pthread_mutex_unlock(&geometry.mutex[stripe])
+        if code:
+            break
+    sub_seq(&geometry.waiters, 1)
+    return code
+
+
+cdef inline bint claimed_seq(Geometry *geometry, int64_t begin, int64_t end) noexcept nogil:
+    """Whether any cluster of begin..end, which lies in one word, is claimed."""
+    cdef uint64_t mask = ~(<uint64_t>0) << (begin % 64)
+    if end % 64:
+        mask &= ((<uint64_t>1) << (end % 64)) - 1
+    return (load_seq(geometry.claims + begin // 64) & mask) != 0
+
+
+cdef int claim_one(Geometry *geometry, int64_t cluster, int64_t deadline_ns) noexcept nogil:
+    cdef uint64_t bit = (<uint64_t>1) << (cluster % 64)
+    cdef int code = 0
+    while or_acquire(geometry.claims + cluster // 64, bit) & bit:
+        code = claim_wait(geometry, cluster, 1, deadline_ns)
+        if code:
+            return code
+    return 0
+
+
+# -- snapshots
+
+cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_t id) noexcept nogil:
+    """All that a snapshot needs, untouched mappings; takes a reference to GEOMETRY. NULL without memory."""
+    cdef Snap *snap = <Snap *>calloc(1, sizeof(Snap))
+    cdef int64_t size = bitmap_bytes(geometry.clusters)
+    if snap == NULL:
+        return NULL
+    if map_init(&snap.map, geometry.clusters) != 0:
+        free(snap)
+        return NULL
+    snap.id = id
+    snap.refs = 1
+    snap.store = store
+    snap.geometry = geometry
+    geometry_ref(geometry)
+    snap.not_copy = <uint64_t *>map_pages(size)
+    snap.changed = <uint64_t *>map_pages(size)
+    snap.ram = <uint64_t *>map_pages(size)
+    snap.disk = <uint64_t *>map_pages(size)
+    snap.zero = <uint64_t *>map_pages(size)
+    if snap.not_copy == NULL or snap.changed == NULL or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
+        snap_free(snap)
+        return NULL
+    return snap
+
+
+cdef inline void unmap_bitmap(uint64_t *words, int64_t size) noexcept nogil:
+    if words != NULL:
+        unmap_pages(words, size)
+
+
+cdef void snap_ref(Snap *snap) noexcept nogil:
+    add_seq(&snap.refs, 1)
+
+
+cdef void snap_unref(Snap *snap) noexcept nogil:
+    """The last reference frees it: then no epoch names it. The store stays: words elsewhere may name it."""
+    if sub_seq(&snap.refs, 1) == 1:
+        snap_free(snap)
+
+
+cdef void snap_free(Snap *snap) noexcept nogil:
+    cdef int64_t size = bitmap_bytes(snap.geometry.clusters)
+    map_free(&snap.map)
+    unmap_bitmap(snap.not_copy, size)
+    unmap_bitmap(snap.changed, size)
+    unmap_bitmap(snap.ram, size)
+    unmap_bitmap(snap.disk, size)
+    unmap_bitmap(snap.zero, size)
+    geometry_unref(snap.geometry)
+    free(snap)
+
+
+cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil:
+    return ((load_acquire(snap.not_copy + cluster // 64) >> (cluster % 64)) & 1) == 0
+
+
+cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil:
+    """The newest snapshot that CLUSTER must be preserved for, or NULL. A broken one needs nothing any more."""
+    cdef int i
+    for i in range(epoch.need_count):
+        if load_seq(&(<Snap *>epoch.need[i]).dead) == ALIVE and in_copy(epoch.need[i], cluster):
+            return <Snap *>epoch.need[i]
+    return NULL
+
+
+cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
+    """Where the data of CLUSTER for SNAP is: in the store of the nearest snapshot at or after it that has it, or nowhere.
+
+    From the newest to the older: a hand-over puts the word into the older snapshot before it leaves the newer one, so a
+    look-up in this order can't miss a word that moves. Dying snapshots are looked in as well.
+    """
+    cdef uint64_t word, found = 0
+    cdef int i
+    for i in range(epoch.chain_count):
+        word = map_get(&(<Snap *>epoch.chain[i]).map, cluster)
+        if word:
+            found = word
+        if epoch.chain[i] == snap:
+            break
+    return found
+
+
+cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int64_t offset) noexcept nogil:
+    """Give the snapshot up, so that the guest can go on: the first reason is kept, and every reader gets it from now on."""
+    if cas_seq(&snap.broken_why, WHY_NOT, why):
+        store_relaxed(&snap.broken_errno, <uint64_t>code)
+        store_relaxed(&snap.broken_offset, <uint64_t>offset)
+    cas_seq(&snap.dead, ALIVE, BROKEN)
+    add_seq(&state.broken_count, 1)
+
+
+cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil:
+    """Make the summaries of one cluster say what WORD says. Under the claim; the bitmaps are for reports and order only."""
+    cdef uint64_t bit = (<uint64_t>1) << (cluster % 64)
+    cdef int64_t w = cluster // 64
+    cdef uint32_t tag = word_tag(word)
+    if tag == WORD_RAM:
+        or_release(snap.ram + w, bit)
+    elif load_relaxed(snap.ram + w) & bit:
+        and_release(snap.ram + w, ~bit)
+    if tag == WORD_DISK:
+        or_release(snap.disk + w, bit)
+    elif load_relaxed(snap.disk + w) & bit:
+        and_release(snap.disk + w, ~bit)
+    if tag == WORD_ZERO:
+        or_release(snap.zero + w, bit)
+    elif load_relaxed(snap.zero + w) & bit:
+        and_release(snap.zero + w, ~bit)
