@@ -14,6 +14,7 @@ cdef class SnapshotDevice(BlockDevice):
     cdef EngineState state
     cdef Snap *snap             # one reference, until close
     cdef readonly int cluster_bits
+    cdef readonly bint retired          # the engine has unlinked it (control)
 
     cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil
     cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil

@@ -18,7 +18,7 @@ from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, word_position,
                                  word_slot, word_store, word_tag)
-from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_SOURCE, WHY_STORE,
+from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_COMMAND, WHY_FULL, WHY_MEMORY, WHY_SOURCE, WHY_STORE,
                                 WHY_TIMEOUT, enter, leave, lookup, snap_ref, snap_unref)
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
@@ -39,6 +39,7 @@ cdef dict WHY_TEXT = {
     WHY_STORE: "the disk tier could not be written",
     WHY_TIMEOUT: "preserving old data took longer than cbw-timeout",
     WHY_MEMORY: "no memory for the location map",
+    WHY_COMMAND: "it was broken by command",
 }
 
 

@@ -28,6 +28,7 @@ cdef enum:
     WHY_STORE = 3               # the disk tier could not be written
     WHY_TIMEOUT = 4             # preserving took longer than cbw-timeout
     WHY_MEMORY = 5              # no memory for the location map
+    WHY_COMMAND = 6             # somebody asked for it
 
 # What a claim is taken in: one cluster size, from the first live snapshot until the last has gone. A copy that timed out
 # keeps a reference, so that it can give back its claims whenever its device answers.
@@ -97,7 +98,7 @@ cdef class EngineState:
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
     cdef Store *stores[64]      # by the number in location words (control; read while counted)
-    cdef uint64_t broken_count  # snapshots broken since the engine began: the keeper looks when it changes (atomic)
+    cdef int broken_fd          # eventfd, written when a snapshot breaks: the keeper waits for it
     cdef object workers         # cbw.worker.CopyPool, set by the Engine
     cdef PyObject *pool         # the same, for C; NULL before the first snapshot
 

@@ -35,6 +35,10 @@ cdef extern from "threads.h" nogil:
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
 
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *buffer, size_t length) noexcept
+
+cdef uint64_t ONE = 1           # what an eventfd is told
 cdef int64_t POLL_NS_MIN = 5000
 cdef int64_t POLL_NS_MAX = 500000
 
@@ -49,6 +53,7 @@ cdef class EngineState:
         self.lines = <Line *>map_pages(LINES * sizeof(Line))
         if self.lines == NULL:
             raise MemoryError("engine: no memory for the threads' counters")
+        self.broken_fd = -1
         self.number = 1
         self.epochs[1].number = 1
 
@@ -338,7 +343,7 @@ cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int6
         store_relaxed(&snap.broken_errno, <uint64_t>code)
         store_relaxed(&snap.broken_offset, <uint64_t>offset)
     cas_seq(&snap.dead, ALIVE, BROKEN)
-    add_seq(&state.broken_count, 1)
+    write(state.broken_fd, &ONE, 8)
 
 
 cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil:

@@ -1,0 +1,357 @@
+"""The Engine: the only door from the control plane to copy-before-write.
+
+It owns the state, the threads that serve it, and the snapshots; it takes the control lock for whatever begins or ends
+one. Work per call is O(1), except for ending a snapshot, which walks what was preserved for it.
+
+Threads, started with the first snapshot and joined at close: COPY_THREADS that make copies that may wait, and the keeper,
+which ends what was broken so that its memory is free again. Importing starts nothing.
+"""
+
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint64_t
+
+import logging
+import os
+import select
+import threading
+import weakref
+
+from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.intercept cimport FilterDevice
+from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
+from fastcbw.cbw.reader cimport SnapshotDevice
+from fastcbw.cbw.state cimport (ALIVE, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
+                                geometry_new, geometry_ref, geometry_unref, snap_break, snap_new, snap_unref)
+from fastcbw.cbw.store cimport Store, store_free, store_new
+from fastcbw.cbw.worker cimport CopyPool
+from fastcbw.kernels.atomic cimport load_relaxed, load_seq
+from fastcbw.kernels.bits cimport bits_count
+
+from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
+from fastcbw.cbw.spill import open_spill
+from fastcbw.errors import Error, LimitReached
+
+_log = logging.getLogger("fastcbw.cbw")
+
+COPY_THREADS = 4
+JOIN_SECONDS = 10.0
+
+
+cdef class Engine:
+    """Copy-before-write on one disk.
+
+    child: the active disk, any BlockDevice. Nothing else may write it while the engine lives, except through `device`.
+    device: the filter; what the guest writes to.
+
+    All methods are safe from any thread. The engine does not close CHILD.
+    """
+
+    cdef EngineState state
+    cdef readonly FilterDevice device
+    cdef readonly dict snapshots        # name: SnapshotDevice, live and broken ones, oldest first
+    cdef object control                 # begins and ends one at a time
+    cdef object threads
+    cdef object pool
+    cdef int wake                       # eventfd: something broke, or close
+    cdef dict logs                      # store index: device of the disk tier that we opened
+    cdef uint64_t next_id
+    cdef bint closed
+    cdef int pid
+    cdef object __weakref__
+
+    def __cinit__(self, BlockDevice child not None):
+        self.state = EngineState(child)
+        self.device = FilterDevice(self.state)
+        self.snapshots = {}
+        self.control = threading.RLock()
+        self.threads = []
+        self.logs = {}
+        self.next_id = 1
+        self.pid = os.getpid()
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.state.broken_fd = self.wake
+
+    def __del__(self):
+        # Forgotten without close(): let the threads end; nobody is left who could wait for them.
+        if self.pool is not None and not self.closed and os.getpid() == self.pid:
+            self.pool.stop()
+            os.eventfd_write(self.wake, 1)
+
+    def __dealloc__(self):
+        if self.wake > 0:
+            os.close(self.wake)
+
+    # -- snapshots
+
+    def snapshot(self, name, **options):
+        """Take a snapshot; see take_snapshots."""
+        return take_snapshots([self], name, SnapshotOptions.parse(**options))[0]
+
+    cdef int cluster_bits_for(self, str name, options) except -1:
+        """The cluster size for a new snapshot, or why there can't be one. Changes nothing."""
+        cdef Epoch *epoch = &self.state.epochs[self.state.number & 3]
+        cdef int bits
+        self.check_open()
+        if name in self.snapshots:
+            raise Error(f"{self.device.name}: snapshot {name!r} exists already")
+        if epoch.chain_count >= SNAPSHOTS_MAX or find_store_index(self.state) < 0:
+            raise LimitReached(f"{self.device.name}: no more than {SNAPSHOTS_MAX} snapshots of a disk at once")
+        bits = (options.cluster_size or CLUSTER_SIZE_DEFAULT).bit_length() - 1
+        if epoch.geometry != NULL:
+            if options.cluster_size and epoch.geometry.cluster_bits != bits:
+                raise Error(f"{self.device.name}: cluster_size {options.cluster_size} differs from the "
+                            f"{1 << epoch.geometry.cluster_bits} of the live snapshots (it is fixed until they end)")
+            bits = epoch.geometry.cluster_bits
+        return bits
+
+    cdef int prepare(self, str name, options, Creation *creation) except -1:
+        """Allocate all that a snapshot needs; nothing is visible yet. On an error nothing is held."""
+        cdef Epoch *epoch = &self.state.epochs[self.state.number & 3]
+        cdef int bits = self.cluster_bits_for(name, options)
+        cdef int index = find_store_index(self.state)
+        cdef Geometry *geometry = epoch.geometry
+        cdef Store *store = NULL
+        cdef Snap *snap = NULL
+        cdef PyObject *log = NULL
+        device = None
+        if options.spill is not None:
+            device = options.spill if isinstance(options.spill, BlockDevice) else open_spill(options.spill, options.spill_limit)
+            log = <PyObject *>device
+        if geometry != NULL:
+            geometry_ref(geometry)
+        else:
+            geometry = geometry_new(self.state.length, bits)
+        if geometry != NULL:
+            store = store_new(index, (<int64_t>1) << bits, options.ram, log, options.spill_limit)
+            if store != NULL:
+                snap = snap_new(self.state, geometry, store, self.next_id)
+            creation.settled = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
+            geometry_unref(geometry)        # the snapshot has its own
+        if snap == NULL or creation.settled == NULL:
+            if snap != NULL:
+                snap_unref(snap)
+            if store != NULL:
+                store_free(store)
+            if device is not None and device is not options.spill:
+                device.close()
+            raise MemoryError(f"{self.device.name}: no memory for snapshot {name!r}")
+        snap.cbw_timeout_ns = options.cbw_timeout * <int64_t>1000000
+        self.next_id += 1
+        self.state.stores[index] = store
+        if device is not None:
+            self.logs[index] = (device, device is not options.spill)
+        creation.state = <PyObject *>self.state
+        creation.snap = snap
+        return 0
+
+    cdef int abandon(self, Creation *creation) except -1:
+        """Undo prepare: nothing has been flipped in."""
+        cdef Store *store = creation.snap.store
+        unmap_pages(creation.settled, bitmap_bytes(creation.snap.geometry.clusters))
+        store.retired = True
+        snap_unref(creation.snap)
+        self.sweep()
+        return 0
+
+    def delete(self, name):
+        """End a snapshot: its readers get errors from now on, what older ones need of it goes to them, the rest is freed.
+
+        Raises KeyError for an unknown name.
+        """
+        cdef SnapshotDevice snapshot
+        with self.control:
+            self.check_open()
+            if name not in self.snapshots:
+                raise KeyError(f"{self.device.name}: no snapshot {name!r}")
+            snapshot = self.snapshots.pop(name)
+            self.retire(snapshot, DELETED)
+            snapshot.close()
+
+    cdef int retire(self, SnapshotDevice snapshot, uint64_t why) except -1:
+        """With the control lock held."""
+        if snapshot.retired:
+            return 0
+        snapshot.retired = True
+        with nogil:
+            retire(self.state, snapshot.snap, why)
+        self.sweep()
+        return 0
+
+    cdef int sweep(self) except -1:
+        cdef uint64_t freed = sweep_stores(self.state)
+        for index in [i for i in self.logs if freed >> i & 1]:
+            device, ours = self.logs.pop(index)
+            if ours:
+                device.close()
+        return 0
+
+    def break_snapshot(self, name):
+        """Give a snapshot up as the engine itself does when it must; for tests and for operators."""
+        cdef SnapshotDevice snapshot
+        with self.control:
+            self.check_open()
+            snapshot = self.snapshots[name]
+            snap_break(self.state, snapshot.snap, WHY_COMMAND, 0, 0)
+
+    # -- threads
+
+    cdef int start_threads(self) except -1:
+        """Idempotent; with the control lock held."""
+        if self.threads:
+            return 0
+        self.pool = CopyPool(self.state)
+        self.state.workers = self.pool
+        self.state.pool = <PyObject *>self.pool
+        threads = [threading.Thread(target=self.pool.run, name=f"fastcbw-copy-{i}", daemon=True) for i in range(COPY_THREADS)]
+        threads.append(threading.Thread(target=_keep, args=(weakref.ref(self), os.dup(self.wake)), name="fastcbw-keeper", daemon=True))
+        for thread in threads:
+            thread.start()
+            self.threads.append(thread)
+        return 0
+
+    def _end_broken(self):
+        """Free what broken snapshots hold; they stay listed, with their reason, until they are deleted."""
+        cdef SnapshotDevice snapshot
+        with self.control:
+            if self.closed:
+                return
+            for snapshot in self.snapshots.values():
+                if not snapshot.retired and load_seq(&snapshot.snap.dead) == BROKEN:
+                    _log.warning("%s: snapshot broken: %s", snapshot.name, snapshot.broken_reason())
+                    self.retire(snapshot, BROKEN)
+
+    @property
+    def is_closed(self):
+        """Whether close() has begun."""
+        return self.closed
+
+    # -- reports
+
+    def counters(self):
+        """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max."""
+        cdef int i
+        cdef uint64_t writes = 0, moved = 0, touches = 0, waits = 0, slowest = 0
+        cdef Line *line
+        for i in range(LINES):
+            line = &self.state.lines[i]
+            writes += load_relaxed(&line.writes)
+            moved += load_relaxed(&line.bytes)
+            touches += load_relaxed(&line.touches)
+            waits += load_relaxed(&line.waits)
+            slowest = max(slowest, load_relaxed(&line.wait_ns_max))
+        return {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000}
+
+    @property
+    def cluster_size(self):
+        """Bytes of a cluster while a snapshot lives, else None."""
+        with self.control:
+            return (1 << self.state.epochs[self.state.number & 3].geometry.cluster_bits
+                    if self.state.epochs[self.state.number & 3].geometry != NULL else None)
+
+    def check_open(self):
+        """Raise ValueError when closed, RuntimeError in the child of a fork."""
+        if self.closed:
+            raise ValueError(f"{self.device.name}: the disk is closed")
+        if os.getpid() != self.pid:
+            raise RuntimeError(f"{self.device.name}: opened in another process; a fork does not take disks along (open it anew)")
+
+    def close(self):
+        """End all snapshots and threads. The guest's requests have ended. Closing twice is no error.
+
+        A thread whose device does not answer is left behind after JOIN_SECONDS; it is a daemon thread and harms nothing.
+        """
+        if self.closed or os.getpid() != self.pid:
+            return
+        with self.control:
+            for name in list(reversed(list(self.snapshots))):
+                self.delete(name)
+            self.closed = True
+            self.device.close()
+        if self.threads:
+            self.pool.stop()
+            os.eventfd_write(self.wake, 1)
+            for thread in self.threads:
+                if thread is not threading.current_thread():
+                    thread.join(JOIN_SECONDS)
+            self.threads = []
+
+
+def _keep(engine_ref, wake):
+    """The keeper: waits for a break, then has the engine free what is broken. Holds no reference while it waits."""
+    try:
+        while True:
+            select.select([wake], [], [])
+            engine = engine_ref()
+            if engine is None or engine.is_closed:
+                return
+            try:
+                os.eventfd_read(wake)
+            except BlockingIOError:
+                pass
+            try:
+                engine._end_broken()
+            except Exception:
+                _log.exception("the keeper failed to end a broken snapshot")
+            del engine
+    finally:
+        os.close(wake)
+
+
+def take_snapshots(engines, name, options):
+    """Take a snapshot NAME of each of ENGINES at one instant; return the SnapshotDevices in the same order.
+
+    No guest write is drained or delayed, except that for several disks new writes wait for the few stores of the flips.
+    Returns when each view is constant: then every write that was under way at the instant has ended.
+    Raises ValueError, Error, LimitReached, MemoryError, OSError; then no snapshot was taken on any disk.
+    """
+    cdef Creation creations[64]
+    cdef Engine engine
+    cdef int count = 0, i
+    check_name(name)
+    if not engines:
+        raise ValueError("snapshot: no disks given")
+    if len(engines) > 64:
+        raise LimitReached(f"snapshot: {len(engines)} disks at once; no more than 64")
+    if len(set(engines)) != len(engines):
+        raise ValueError("snapshot: a disk is named twice")
+    ordered = sorted(engines, key=id)       # one order for everybody, so that two groups can't wait for each other
+    for engine in ordered:
+        engine.control.acquire()
+    try:
+        for engine in engines:
+            engine.cluster_bits_for(name, options)
+        try:
+            for engine in engines:
+                engine.start_threads()
+                engine.prepare(name, options, &creations[count])
+                count += 1
+        except BaseException:
+            for i in range(count):
+                engine = engines[i]
+                engine.abandon(&creations[i])
+            raise
+        with nogil:
+            creations_flip(creations, count)
+            for i in range(count):
+                creation_finish(&creations[i])
+        devices = []
+        for i in range(count):
+            engine = engines[i]
+            device = _make_device(engine, creations[i].snap, name)
+            engine.snapshots[name] = device
+            devices.append(device)
+        return devices
+    finally:
+        for engine in ordered:
+            engine.control.release()
+
+
+cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
+    cdef SnapshotDevice device = SnapshotDevice.__new__(SnapshotDevice)
+    device.state = engine.state
+    device.snap = snap
+    device.cluster_bits = snap.geometry.cluster_bits
+    device.length = engine.state.length
+    device.name = f"{engine.device.name}@{name}"
+    return device

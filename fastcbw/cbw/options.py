@@ -1,0 +1,132 @@
+"""The options of a snapshot: checked and turned into numbers before anything changes."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from fastcbw.block.device import BlockDevice
+from fastcbw.units import parse_size
+
+#: Unit of copy-before-write when nobody says: the smallest preserves least, and costs nothing overall (benchmarks).
+CLUSTER_SIZE_DEFAULT = 4096
+CLUSTER_SIZE_MIN = 4096
+CLUSTER_SIZE_MAX = 1 << 20
+RAM_DEFAULT = "256M"
+CBW_TIMEOUT_MS_DEFAULT = 5000
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+# What INTERFACE names and what of it is built.
+_CHOICES = {
+    "on_full": (("break-snapshot",), ("wait", "break-guest-write")),
+    "on_cbw_error": (("break-snapshot",), ("break-guest-write",)),
+    "export": (("ro",), ("discard", "read-once")),
+    "durability": (("none",), ("process", "power")),
+}
+_LATER = ("bitmap", "new_bitmap", "copy_on_read")
+
+
+def check_name(name: str, what: str = "snapshot name") -> str:
+    """Return NAME; ValueError unless it is one or more of letters, digits, `_`, `.`, `-`."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what}: expected a string, got {type(name).__name__}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{what}: {name!r} is no name (one or more of A-Z a-z 0-9 _ . -)")
+    return name
+
+
+@dataclass(frozen=True)
+class SnapshotOptions:
+    """What a snapshot is taken with. Bytes and milliseconds.
+
+    cluster_size None: that of the disk's live snapshots, or the default. spill: a folder, or a BlockDevice to keep the
+    disk tier's log on (it is the caller's, and must outlive the snapshot).
+    """
+
+    cluster_size: int | None = None
+    ram: int = 0
+    spill: str | BlockDevice | None = None
+    spill_limit: int = 0
+    cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        cluster_size: int | str | None = None,
+        ram: int | str = RAM_DEFAULT,
+        spill: str | os.PathLike | BlockDevice | None = None,
+        spill_limit: int | str | None = None,
+        on_full: str = "break-snapshot",
+        on_cbw_error: str = "break-snapshot",
+        cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT,
+        export: str = "ro",
+        durability: str = "none",
+        **others: object,
+    ) -> SnapshotOptions:
+        """Check the keywords of INTERFACE; ValueError or TypeError names the option, its value and what is expected."""
+        for option, value in (("on_full", on_full), ("on_cbw_error", on_cbw_error), ("export", export), ("durability", durability)):
+            _check_choice(option, value)
+        for option, value in others.items():
+            if option not in _LATER:
+                raise TypeError(f"snapshot: unknown option {option!r}")
+            if value not in (None, False):
+                raise ValueError(f"{option}: {value!r}: this option is not built yet")
+        size = None if cluster_size is None else _check_cluster_size(cluster_size)
+        room = _parse_ram(ram, size or CLUSTER_SIZE_DEFAULT)
+        folder, limit = _parse_spill(spill, spill_limit, size or CLUSTER_SIZE_DEFAULT)
+        if room == 0 and limit == 0:
+            raise ValueError(f"ram: {ram!r} and no spill: the snapshot would have no store at all (give one of the two room)")
+        if isinstance(cbw_timeout, bool) or not isinstance(cbw_timeout, int):
+            raise TypeError(f"cbw_timeout: expected milliseconds as an int, got {type(cbw_timeout).__name__}")
+        if not 1 <= cbw_timeout <= 86_400_000:
+            raise ValueError(f"cbw_timeout: {cbw_timeout} is not within 1 to 86400000 milliseconds")
+        return cls(size, room, folder, limit, cbw_timeout)
+
+
+def _check_choice(option: str, value: object) -> None:
+    built, later = _CHOICES[option]
+    if value in later:
+        raise ValueError(f"{option}: {value!r} is not built yet (there is {', '.join(built)})")
+    if value not in built:
+        raise ValueError(f"{option}: {value!r} is unknown (there is {', '.join(built)})")
+
+
+def _check_cluster_size(value: int | str) -> int:
+    size = parse_size(value, "cluster_size")
+    if size & (size - 1) or not CLUSTER_SIZE_MIN <= size <= CLUSTER_SIZE_MAX:
+        raise ValueError(f"cluster_size: {value!r} is not a power of two from 4K to 1M")
+    return size
+
+
+def _parse_ram(value: int | str, cluster_size: int) -> int:
+    size = parse_size(value, "ram")
+    if 0 < size < cluster_size:
+        raise ValueError(f"ram: {value!r} is less than one cluster of {cluster_size} bytes (0 means no RAM tier)")
+    if size // cluster_size > 1 << 26:
+        raise ValueError(f"ram: {value!r} is more than 2^26 clusters of {cluster_size} bytes (take a larger cluster_size)")
+    return size
+
+
+def _parse_spill(spill: object, limit: int | str | None, cluster_size: int) -> tuple[str | BlockDevice | None, int]:
+    if spill is None:
+        if limit is not None:
+            raise ValueError(f"spill_limit: {limit!r} without spill (name the folder of the disk tier)")
+        return None, 0
+    if isinstance(spill, BlockDevice):
+        size = spill.length if limit is None else parse_size(limit, "spill_limit")
+        where = spill
+    else:
+        where = os.fsdecode(spill)
+        size = _free_bytes(where) if limit is None else parse_size(limit, "spill_limit")
+    least = 4096 + cluster_size
+    if size < least:
+        raise ValueError(f"spill_limit: {limit!r} is less than a header and one cluster, {least} bytes")
+    return where, size
+
+
+def _free_bytes(folder: str) -> int:
+    """Half of what the file system has free now: the limit when nobody gives one. FileNotFoundError names FOLDER."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize // 2
