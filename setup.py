@@ -14,7 +14,10 @@ from setuptools import Extension, find_packages, setup
 EXTENSIONS = [
     "fastcbw.kernels.bits",
     "fastcbw.kernels.bytes",
+    "fastcbw.kernels.door",
+    "fastcbw.kernels.sparse",
     "fastcbw.bitmaps.mapping",
+    "fastcbw.bitmaps.runs",
     "fastcbw.bitmaps.bitmap",
     "fastcbw.block.device",
     "fastcbw.block.memory",

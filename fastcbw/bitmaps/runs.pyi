@@ -1,0 +1,3 @@
+import numpy
+
+RUN_DTYPE: numpy.dtype

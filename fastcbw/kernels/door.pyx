@@ -1,0 +1,86 @@
+"""The door from Python to the kernels over buffers, and the choice of their instruction set.
+
+The bitmap kernels are reached through ClusterBitmap; what works on plain buffers is here. Choosing an instruction set
+is for tests and benchmarks: the widest one the machine has is chosen at import, and all give the same result.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint32_t
+
+from fastcbw.kernels.bits cimport bits_choose
+from fastcbw.kernels.bytes cimport bytes_choose
+from fastcbw.kernels.bytes cimport crc32c as bytes_crc32c
+from fastcbw.kernels.bytes cimport is_zero as bytes_is_zero
+
+cdef extern from "cpu.h" nogil:
+    int FCBW_LEVELS
+    const char **fcbw_level_names
+    int fcbw_level_runs(int level) noexcept
+    int fcbw_level_best() noexcept
+
+cdef Py_ssize_t LONG_BUFFER = 1 << 16     # from here on the interpreter lock is given up: the loop takes longer than that costs
+
+cdef int current = fcbw_level_best()
+
+
+def is_zero(buffer):
+    """Return True when every byte of BUFFER (bytes-like, contiguous) is zero, also when it is empty."""
+    cdef Py_buffer view
+    cdef bint zero
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        if view.len < LONG_BUFFER:
+            zero = bytes_is_zero(view.buf, view.len)
+        else:
+            with nogil:
+                zero = bytes_is_zero(view.buf, view.len)
+        return zero
+    finally:
+        PyBuffer_Release(&view)
+
+
+def crc32c(buffer, uint32_t seed=0):
+    """Return the CRC-32C (Castagnoli) of BUFFER (bytes-like, contiguous).
+
+    seed: the checksum of what comes before it, so that crc32c(b, crc32c(a)) == crc32c(a + b).
+    """
+    cdef Py_buffer view
+    cdef uint32_t crc
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        if view.len < LONG_BUFFER:
+            crc = bytes_crc32c(seed, view.buf, view.len)
+        else:
+            with nogil:
+                crc = bytes_crc32c(seed, view.buf, view.len)
+        return crc
+    finally:
+        PyBuffer_Release(&view)
+
+
+def instruction_sets():
+    """Return the names of the instruction sets that this machine can run, plainest first."""
+    return tuple([fcbw_level_names[level].decode() for level in range(FCBW_LEVELS) if fcbw_level_runs(level)])
+
+
+def instruction_set():
+    """Return the name of the instruction set that the kernels run on."""
+    return fcbw_level_names[current].decode()
+
+
+def use_instruction_set(str name):
+    """Run all kernels of the process on the instruction set NAME from now on; return the name of the one before.
+
+    Raises ValueError for a name that this machine does not have: never another one in its place. Not while other
+    threads use bitmaps or devices.
+    """
+    global current
+    cdef int level
+    before = instruction_set()
+    for level in range(FCBW_LEVELS):
+        if fcbw_level_names[level].decode() == name and fcbw_level_runs(level):
+            bits_choose(level)
+            bytes_choose(level)
+            current = level
+            return before
+    raise ValueError(f"instruction set: {name!r} is not one of this machine's ({', '.join(instruction_sets())})")
