@@ -5,6 +5,7 @@
  *   TARGET       its target attribute
  *   OR8(p)       1 when any of the eight words at p is not zero
  *   NOT_ONES8(p) 1 when any of the eight words at p is not all ones
+ *   MASK64(p)    bit i is set when word i of the 64 at p is not zero
  *   STREAMS      defined where stores past the caches exist (AVX2). */
 #ifndef FASTCBW_WORDOPS_H
 #define FASTCBW_WORDOPS_H
@@ -46,10 +47,20 @@ static inline FCBW_RACY int64_t fcbw_count_generic(const uint64_t *p, int64_t wo
     return total;
 }
 
+static inline FCBW_RACY uint64_t fcbw_mask64_generic(const uint64_t *p)
+{
+    uint64_t mask = 0;
+    int i;
+    for (i = 0; i < 64; i++)
+        mask |= (uint64_t)(p[i] != 0) << i;
+    return mask;
+}
+
 #define FN(name) fcbw_##name##_generic
 #define TARGET
 #define OR8(p) (((p)[0] | (p)[1] | (p)[2] | (p)[3] | (p)[4] | (p)[5] | (p)[6] | (p)[7]) != 0)
 #define NOT_ONES8(p) (((p)[0] & (p)[1] & (p)[2] & (p)[3] & (p)[4] & (p)[5] & (p)[6] & (p)[7]) != ~(uint64_t)0)
+#define MASK64(p) fcbw_mask64_generic(p)
 #include "wordops_body.h"
 
 #if FCBW_X86
@@ -74,6 +85,7 @@ __attribute__((target("sse4.2,popcnt"))) static FCBW_RACY int64_t fcbw_count_sse
 #define TARGET __attribute__((target("sse4.2,popcnt")))
 #define OR8(p) (((p)[0] | (p)[1] | (p)[2] | (p)[3] | (p)[4] | (p)[5] | (p)[6] | (p)[7]) != 0)
 #define NOT_ONES8(p) (((p)[0] & (p)[1] & (p)[2] & (p)[3] & (p)[4] & (p)[5] & (p)[6] & (p)[7]) != ~(uint64_t)0)
+#define MASK64(p) fcbw_mask64_generic(p)
 #include "wordops_body.h"
 
 /* -- AVX2: 32 bytes a load */
@@ -84,6 +96,7 @@ __attribute__((target("sse4.2,popcnt"))) static FCBW_RACY int64_t fcbw_count_sse
 #define TARGET __attribute__((target("avx2,bmi,bmi2,popcnt")))
 #define OR8(p) fcbw_or8_avx2(p)
 #define NOT_ONES8(p) fcbw_not_ones8_avx2(p)
+#define MASK64(p) fcbw_mask64_avx2(p)
 #define STREAMS 1
 
 static inline TARGET FCBW_RACY int fcbw_or8_avx2(const uint64_t *p)
@@ -97,9 +110,20 @@ static inline TARGET FCBW_RACY int fcbw_not_ones8_avx2(const uint64_t *p)
     return !_mm256_testc_si256(_mm256_and_si256(FCBW_LOAD4(p), FCBW_LOAD4(p + 4)), _mm256_set1_epi64x(-1));
 }
 
+static inline TARGET FCBW_RACY uint64_t fcbw_mask64_avx2(const uint64_t *p)
+{
+    uint64_t zeroes = 0;
+    int i;
+    for (i = 0; i < 64; i += 4) {
+        __m256i equal = _mm256_cmpeq_epi64(FCBW_LOAD4(p + i), _mm256_setzero_si256());
+        zeroes |= (uint64_t)(unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(equal)) << i;
+    }
+    return ~zeroes;
+}
+
 #include "wordops_body.h"
 
-/* -- AVX-512 with VPOPCNTDQ: only the count gains from it */
+/* -- AVX-512 with VPOPCNTDQ: only the count gains (512-bit loads made the walk slower) */
 
 __attribute__((target("avx512f,avx512vpopcntdq"))) static FCBW_RACY int64_t fcbw_count_avx512(const uint64_t *p, int64_t words)
 {

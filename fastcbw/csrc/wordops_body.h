@@ -43,31 +43,43 @@ static TARGET FCBW_RACY void FN(or_into)(uint64_t *target, const uint64_t *sourc
         target[i] |= source[i];
 }
 
-/* One pass with the current word in a register: `bits` is what of word w is still to be looked at. */
+/* One pass. `bits` is what of word w is still to be looked at; `mask` says which words of base..next, after w, are not
+ * zero. Finding the next word by its bit in the mask instead of by a loop saves a mispredicted branch or two at each run. */
 static TARGET FCBW_RACY int64_t FN(runs)(const uint64_t *p, int64_t first, int64_t end, struct fcbw_run *out, int64_t room,
                                          int64_t *resume)
 {
-    const int64_t last = (end - 1) >> 6;                                /* the one word that ends before its bit 63 */
+    const int64_t last = (end - 1) >> 6;                                /* the one word that may end before its bit 63 */
     const uint64_t last_mask = ~(uint64_t)0 >> (63 - ((end - 1) & 63));
-    int64_t n = 0, w = first >> 6, stop = first;
-    uint64_t bits = p[w] & (~(uint64_t)0 << (first & 63)), rest;
+    int64_t n = 0, w = first >> 6, base = w, next = w + 1, stop = first;
+    uint64_t bits = p[w] & (~(uint64_t)0 << (first & 63)), mask = 0, rest;
 
     if (w == last)
         bits &= last_mask;
     while (n < room) {
         if (bits == 0) {
-            if (w < last) {
-                for (w++; w + 8 <= last && !OR8(p + w); w += 8)
-                    ;
-                while (w < last && (bits = p[w]) == 0)
-                    w++;
-                if (w == last)
-                    bits = p[w] & last_mask;
+            while (mask == 0 && next < last) {
+                base = next;
+                if (last - base >= 64) {
+                    mask = MASK64(p + base);
+                    next += 64;
+                } else {
+                    for (; next < last; next++)
+                        mask |= (uint64_t)(p[next] != 0) << (next - base);
+                }
             }
-            if (bits == 0) {
+            if (mask != 0) {
+                w = base + __builtin_ctzll(mask);
+                mask &= mask - 1;
+                bits = p[w];
+            } else if (w < last) {
+                w = last;
+                bits = p[w] & last_mask;
+            } else {
                 stop = end;
                 break;
             }
+            if (bits == 0)                  /* cleared meanwhile, or the last word has none */
+                continue;
         }
         out[n].first = w * 64 + __builtin_ctzll(bits);
         rest = bits + (bits & -bits);       /* 0011_0110 + 10 = 0011_1000: the carry runs through the run to its end */
@@ -85,6 +97,12 @@ static TARGET FCBW_RACY int64_t FN(runs)(const uint64_t *p, int64_t first, int64
             rest = bits + 1;                /* the same with the run starting at bit 0 */
             stop = w * 64 + (rest ? __builtin_ctzll(rest) : 64);
             bits &= rest;
+            if (w < next) {
+                mask &= (~(uint64_t)0 << (w - base)) << 1;
+            } else {
+                mask = 0;
+                next = w + 1;
+            }
         }
         out[n].count = stop - out[n].first;
         n++;
@@ -97,4 +115,5 @@ static TARGET FCBW_RACY int64_t FN(runs)(const uint64_t *p, int64_t first, int64
 #undef TARGET
 #undef OR8
 #undef NOT_ONES8
+#undef MASK64
 #undef STREAMS
