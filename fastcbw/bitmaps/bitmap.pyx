@@ -320,6 +320,24 @@ cdef class ClusterBitmap:
 
     # -- other shapes of the same bits
 
+    @classmethod
+    def wrap(cls, words, length_bits):
+        """Return a live read-only view of LENGTH_BITS bits in WORDS: a contiguous buffer of 64-bit words.
+
+        words: 8-byte aligned, of at least length_bits / 64 words rounded up, the bits of the last one past the end zero
+            (now, and as long as the view is used). It is kept alive. The view has no summary: searches read every word.
+        """
+        cdef int64_t length = as_int(length_bits, "length_bits")
+        cdef const unsigned char[::1] octets = memoryview(words).cast("B")
+        cdef uint64_t *first = <uint64_t *>&octets[0] if octets.shape[0] else NULL
+        if length < 0 or length > octets.shape[0] * 8 or words_of(length) * 8 > octets.shape[0]:
+            raise ValueError(f"length_bits: {length_bits} is not in 0..{octets.shape[0] // 8 * 64}, what the words hold")
+        if <size_t>first & 7:
+            raise ValueError(f"words: the buffer at {<size_t>first:#x} is not aligned to 8 bytes")
+        if length & 63 and first[length >> 6] >> (length & 63):
+            raise ValueError(f"words: bits past the end ({length}) are set in the last word")
+        return wrap_words(first, NULL, length, octets.base, False)
+
     @property
     def numpy(self):
         """The words, as a live read-only NumPy array of uint64; no copy."""

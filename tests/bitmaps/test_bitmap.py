@@ -287,6 +287,48 @@ def test_a_sparse_bitmap_of_sixteen_gibibits_costs_what_is_dirty():
     assert bitmap.resident() <= 64 * 4096 + length // PAGE // 8       # a page for each bit, and the summary
 
 
+def test_a_wrapped_buffer_is_a_live_read_only_view():
+    words = np.zeros(PAGE // 64 * 3, np.uint64)
+    view = ClusterBitmap.wrap(words, 3 * PAGE - 5)
+    words[-1] = 1
+    assert view.next_run() == (3 * PAGE - 64, 1) and view.count() == 1 and rows(view.runs(7)) == [(3 * PAGE - 64, 1)]
+    assert view.numpy.__array_interface__["data"][0] == words.__array_interface__["data"][0]
+    for change in (view.set, view.clear, view.claim):
+        with pytest.raises(ValueError, match="read-only view of a live bitmap"):
+            change(0)
+    with pytest.raises(ValueError, match="read-only"):
+        view.update(view)
+    with pytest.raises(ValueError, match="read-only"):
+        view.and_not(view, out=view)
+    assert words.sum() == 1 and not view.writable
+    twin = view.copy()
+    twin.tidy()
+    assert twin == view and view.and_not(twin).count() == 0 and twin.and_not(view).count() == 0
+    twin.set(0)
+    assert twin != view and view != twin and view.or_(twin) == twin
+
+
+def test_a_wrapped_buffer_outlives_its_name():
+    words = np.full(1000, 5, np.uint64)
+    view = ClusterBitmap.wrap(words, 64_000)
+    bits = view.bitarray
+    del words, view
+    assert bits.count() == 2000
+
+
+def test_a_buffer_that_does_not_fit_is_refused():
+    words = np.zeros(2, np.uint64)
+    with pytest.raises(ValueError, match="length_bits: 129 is not in 0..128"):
+        ClusterBitmap.wrap(words, 129)
+    with pytest.raises(ValueError, match="not aligned"):
+        ClusterBitmap.wrap(words.view(np.uint8)[1:9], 64)
+    words[1] = 2
+    with pytest.raises(ValueError, match="bits past the end \\(65\\) are set"):
+        ClusterBitmap.wrap(words, 65)
+    assert ClusterBitmap.wrap(words, 66).count() == 1
+    assert len(ClusterBitmap.wrap(b"", 0)) == 0
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
