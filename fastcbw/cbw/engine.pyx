@@ -57,7 +57,6 @@ cdef class Engine:
     cdef dict logs                      # store index: device of the disk tier that we opened
     cdef uint64_t next_id
     cdef bint closed
-    cdef int pid
     cdef object __weakref__
 
     def __cinit__(self, BlockDevice child not None):
@@ -68,13 +67,12 @@ cdef class Engine:
         self.threads = []
         self.logs = {}
         self.next_id = 1
-        self.pid = os.getpid()
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.state.broken_fd = self.wake
 
     def __del__(self):
         # Forgotten without close(): let the threads end; nobody is left who could wait for them.
-        if self.pool is not None and not self.closed and os.getpid() == self.pid:
+        if self.pool is not None and not self.closed and not self.state.forked:
             self.pool.stop()
             os.eventfd_write(self.wake, 1)
 
@@ -242,6 +240,34 @@ cdef class Engine:
             slowest = max(slowest, load_relaxed(&line.wait_ns_max))
         return {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000}
 
+    def report(self, name):
+        """Return the facts of one snapshot as a dict: sizes in bytes, counts in clusters. KeyError for an unknown name."""
+        cdef SnapshotDevice snapshot
+        cdef Store *store
+        cdef int64_t size
+        with self.control:
+            self.check_open()
+            snapshot = self.snapshots[name]
+            size = (<int64_t>1) << snapshot.cluster_bits
+            facts = {
+                "state": "live" if snapshot.broken_reason() is None else "broken",
+                "reason": snapshot.broken_reason(),
+                "cluster_size": size,
+                "preserved_clusters": load_relaxed(&snapshot.snap.preserved),
+                "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
+                "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
+                "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0,
+                "cbw_timeout_ms": snapshot.snap.cbw_timeout_ns // 1000000,
+            }
+            if not snapshot.retired:        # afterwards the store is gone, or an older snapshot's
+                store = snapshot.snap.store
+                facts["ram_bytes"] = store.slots_used * size
+                facts["ram_bytes_max"] = store.slots_used_max * size
+                facts["ram_limit"] = store.slots_limit * size
+                facts["disk_bytes"] = store.log_used * size
+                facts["disk_limit"] = store.segments_limit * store.segment_clusters * size
+            return facts
+
     @property
     def cluster_size(self):
         """Bytes of a cluster while a snapshot lives, else None."""
@@ -253,15 +279,22 @@ cdef class Engine:
         """Raise ValueError when closed, RuntimeError in the child of a fork."""
         if self.closed:
             raise ValueError(f"{self.device.name}: the disk is closed")
-        if os.getpid() != self.pid:
-            raise RuntimeError(f"{self.device.name}: opened in another process; a fork does not take disks along (open it anew)")
+        if self.state.forked:
+            raise RuntimeError(f"{self.device.name}: a fork does not take disks along (open it anew)")
+
+    def mark_forked(self):
+        """In the child of a fork: refuse everything from now on. The threads are the parent's."""
+        self.state.forked = True
+        self.device.mark_closed()
+        for snapshot in self.snapshots.values():
+            (<SnapshotDevice>snapshot).mark_closed()
 
     def close(self):
         """End all snapshots and threads. The guest's requests have ended. Closing twice is no error.
 
         A thread whose device does not answer is left behind after JOIN_SECONDS; it is a daemon thread and harms nothing.
         """
-        if self.closed or os.getpid() != self.pid:
+        if self.closed or self.state.forked:
             return
         with self.control:
             for name in list(reversed(list(self.snapshots))):

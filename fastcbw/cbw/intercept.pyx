@@ -104,6 +104,15 @@ cdef class FilterDevice(BlockDevice):
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         return self.child.block_status(offset, length, flags)
 
+    cdef int mark_closed(self) except -1:
+        self.closed = True
+        return 0
+
+    cdef int check_open(self) except -1:
+        if self.state.forked:
+            raise RuntimeError(f"{self.name}: a fork does not take disks along (open it anew)")
+        return BlockDevice.check_open(self)
+
 
 cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
     cdef Epoch *epoch

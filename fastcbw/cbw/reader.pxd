@@ -23,3 +23,5 @@ cdef class SnapshotDevice(BlockDevice):
     cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil
     cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil
     cdef str broken_reason(self)
+    cdef int mark_closed(self) except -1
+

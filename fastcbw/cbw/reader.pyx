@@ -30,6 +30,11 @@ from fastcbw.errors import NotInSnapshot, SnapshotBroken
 
 cdef enum:
     BATCH_CLUSTERS = 256        # looked up while counted once
+    STATUS_CLUSTERS_MAX = 1 << 18       # looked at for one extent of block status
+
+# What a cluster still needs, beside its word: no word looks like these (tag DISK, a position beyond any log).
+cdef uint64_t DONE = ~(<uint64_t>0)
+cdef uint64_t RETRY = ~(<uint64_t>0) - 256
 
 cdef int64_t BATCH_BYTES = 1 << 20
 
@@ -320,6 +325,15 @@ cdef class SnapshotDevice(BlockDevice):
             text += f": {os.strerror(code)}"
         return f"{text}, at offset {load_relaxed(&self.snap.broken_offset)}"
 
+    cdef int mark_closed(self) except -1:
+        self.closed = True
+        return 0
+
+    cdef int check_open(self) except -1:
+        if self.state.forked:
+            raise RuntimeError(f"{self.name}: a fork does not take disks along (open it anew)")
+        return BlockDevice.check_open(self)
+
     @property
     def broken(self):
         """None while the snapshot can be read, else why not."""
@@ -334,13 +348,6 @@ cdef class SnapshotDevice(BlockDevice):
         return BlockDevice.fail(self, code, operation, offset, length)
 
 
-cdef enum:
-    STATUS_CLUSTERS_MAX = 1 << 18       # looked at for one extent of block status
-
-
-# No word looks like these: their tag is DISK, their positions are beyond any log.
-cdef uint64_t DONE = ~(<uint64_t>0)
-cdef uint64_t RETRY = ~(<uint64_t>0) - 256
 
 
 cdef inline uint64_t kind_of(uint64_t word) noexcept nogil:

@@ -99,6 +99,7 @@ cdef class EngineState:
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
     cdef Store *stores[64]      # by the number in location words (control; read while counted)
     cdef int broken_fd          # eventfd, written when a snapshot breaks: the keeper waits for it
+    cdef bint forked            # we are the child of a fork: the threads and the disk are the parent's
     cdef object workers         # cbw.worker.CopyPool, set by the Engine
     cdef PyObject *pool         # the same, for C; NULL before the first snapshot
 

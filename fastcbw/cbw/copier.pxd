@@ -1,0 +1,56 @@
+# The copier: ordered copy-out from a device (a snapshot, mostly) to another.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.reader cimport SnapshotDevice
+from fastcbw.sync cimport pthread_mutex_t
+
+cdef enum:
+    # what was being done when an error came
+    DOING_NOTHING = 0
+    DOING_STATUS = 1
+    DOING_READ = 2
+    DOING_WRITE = 3
+    DOING_ZEROES = 4
+    DOING_COMPARE = 5
+    DOING_ALLOCATE = 6
+
+cdef struct Piece:
+    int64_t offset
+    int64_t length
+    bint zero               # known to be zeroes without reading
+
+cdef class Copier:
+    cdef readonly BlockDevice source
+    cdef readonly BlockDevice target
+    cdef readonly int64_t chunk         # bytes of one read and write
+    cdef SnapshotDevice snapshot        # the source when it is a snapshot, else None
+    cdef bint target_is_zero            # zeroes need not be written
+    cdef bint comparing                 # compare instead of copy
+    # choosing the next piece, under the lock
+    cdef pthread_mutex_t lock
+    cdef bint ram_first                 # still in the pass over what is in RAM
+    cdef int64_t ram_next               # cluster
+    cdef int64_t cursor                 # bytes: everything before was handed out in the sequential pass
+    cdef int64_t extent_end             # bytes: the source's block status is known up to here ...
+    cdef bint extent_zero               # ... and is this
+    cdef uint64_t *taken                # clusters that the RAM pass handed out; NULL without that pass
+    # reports (atomic)
+    cdef uint64_t done_bytes            # of the source's length: copied, skipped or compared
+    cdef uint64_t data_bytes            # written to the target, or compared
+    cdef uint64_t zero_bytes            # found to be zeroes
+    cdef uint64_t cancelled
+    cdef uint64_t failed                # 1 when the first error was noted
+    cdef int error_code
+    cdef int error_doing
+    cdef int64_t error_offset
+    cdef int64_t error_length
+
+    cdef bint next_piece(self, Piece *piece) noexcept nogil
+    cdef bint next_in_ram(self, Piece *piece) noexcept nogil
+    cdef int64_t look_ahead(self) noexcept nogil
+    cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
+    cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil
+    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length) noexcept nogil
+    cdef int write_zero(self, int64_t offset, int64_t length) noexcept nogil
+    cdef int compare_piece(self, const Piece *piece, char *buffer, char *other) noexcept nogil

@@ -1,0 +1,325 @@
+"""The copier: moves the bytes of a source to a target, by N workers, in a stated order, with bounded memory.
+
+    next_piece (under a lock, O(1)) ──▶ worker: read ─▶ zero test ─▶ write     each with one buffer of `chunk` bytes
+
+Orders. `sequential`: ascending. `ram-first`: what is in the snapshot's RAM tier now, ascending; then the rest, ascending.
+Zeroes are known from block status (holes, preserved zeroes) or found by content in blocks of 4 KiB; a target that is
+known to be all zeroes is not told about them, so that it stays sparse.
+
+In flight: workers x chunk bytes of data at most, no queue. The first error wins and is kept, with what was being done
+and where; the workers stop after their present piece. A cancelled copier stops likewise.
+"""
+
+from cpython.ref cimport PyObject
+from libc.errno cimport EIO, ENOMEM
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcmp
+
+import os
+
+from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
+from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
+from fastcbw.cbw.reader cimport ERROR_BROKEN, ERROR_NOT_IN_SNAPSHOT, SnapshotDevice
+from fastcbw.cbw.state cimport Epoch, Snap, Ticket, bitmap_bytes, enter, leave
+from fastcbw.kernels.atomic cimport add_seq, cas_seq, load_seq, store_seq
+from fastcbw.kernels.bits cimport bits_next_one, bits_next_run, bits_next_zero, bits_set_atomic
+from fastcbw.kernels.bytes cimport is_zero
+from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+
+ORDERS = ("sequential", "ram-first")
+
+cdef enum:
+    DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
+
+cdef int64_t BLOCK = 4096
+cdef int64_t LOOK_AHEAD = 1 << 30       # bytes of the source whose block status is asked for at once
+
+cdef dict DOING_TEXT = {
+    DOING_STATUS: "block status of the source",
+    DOING_READ: "read from the source",
+    DOING_WRITE: "write to the target",
+    DOING_ZEROES: "write zeroes to the target",
+    DOING_COMPARE: "compare the target",
+    DOING_ALLOCATE: "allocate the buffer",
+}
+
+
+cdef class Copier:
+    """Copies all of SOURCE to TARGET, or compares them.
+
+    chunk: bytes of one read and one write, a multiple of 4 KiB. order: one of ORDERS. target_is_zero: every byte of the
+    target reads as zero now. comparing: read both and report the first difference as an error.
+    Call run() in as many threads as shall work; when all have returned, look at `error`.
+    """
+
+    def __cinit__(self, BlockDevice source not None, BlockDevice target not None, *, int64_t chunk=1 << 18,
+                  str order="sequential", bint target_is_zero=False, bint comparing=False):
+        if chunk < BLOCK or chunk % BLOCK:
+            raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
+        if order not in ORDERS:
+            raise ValueError(f"order: {order!r} is unknown (there is {', '.join(ORDERS)})")
+        if target.length < source.length:
+            raise ValueError(f"target {target.name}: its {target.length} bytes are less than the source's {source.length}")
+        self.source = source
+        self.target = target
+        self.chunk = chunk
+        self.target_is_zero = target_is_zero
+        self.comparing = comparing
+        self.snapshot = source if isinstance(source, SnapshotDevice) else None
+        self.ram_first = order == "ram-first" and self.snapshot is not None
+        if self.ram_first:
+            self.chunk = max(chunk, 1 << self.snapshot.cluster_bits)        # a piece of the RAM pass is whole clusters
+            self.taken = <uint64_t *>map_pages(bitmap_bytes(self.snapshot.snap.geometry.clusters))
+            if self.taken == NULL:
+                raise MemoryError("copier: no memory for its bitmap")
+        pthread_mutex_init(&self.lock, NULL)
+
+    def __dealloc__(self):
+        if self.taken != NULL:
+            unmap_pages(self.taken, bitmap_bytes(self.snapshot.snap.geometry.clusters))
+        pthread_mutex_destroy(&self.lock)
+
+    # -- workers
+
+    def run(self):
+        """Work until everything is handed out, an error, or cancel(). For threads of its own; holds no interpreter lock."""
+        cdef Piece piece
+        cdef char *buffer
+        cdef char *other = NULL
+        with nogil:
+            buffer = <char *>map_pages(self.chunk)
+            if self.comparing:
+                other = <char *>map_pages(self.chunk)
+            if buffer == NULL or (self.comparing and other == NULL):
+                self.note_error(-ENOMEM, DOING_ALLOCATE, 0, self.chunk)
+            else:
+                while self.next_piece(&piece):
+                    if self.comparing:
+                        if self.compare_piece(&piece, buffer, other):
+                            break
+                    elif self.copy_piece(&piece, buffer):
+                        break
+                    add_seq(&self.done_bytes, <uint64_t>piece.length)
+            if buffer != NULL:
+                unmap_pages(buffer, self.chunk)
+            if other != NULL:
+                unmap_pages(other, self.chunk)
+
+    cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil:
+        cdef int code
+        if piece.zero:
+            return self.write_zero(piece.offset, piece.length)
+        code = self.source.pread(buffer, piece.offset, piece.length)
+        if code:
+            self.note_error(code, DOING_READ, piece.offset, piece.length)
+            return code
+        return self.write_data(buffer, piece.offset, piece.length)
+
+    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length) noexcept nogil:
+        """Write the runs of blocks that are not zero; the others are zeroes."""
+        cdef int64_t at = 0, begin, step
+        cdef bint zero
+        cdef int code
+        while at < length:
+            begin = at
+            step = BLOCK if length - at > BLOCK else length - at
+            zero = is_zero(buffer + at, step)
+            at += step
+            while at < length:
+                step = BLOCK if length - at > BLOCK else length - at
+                if is_zero(buffer + at, step) != zero:
+                    break
+                at += step
+            if zero:
+                code = self.write_zero(offset + begin, at - begin)
+            else:
+                code = self.target.pwrite(buffer + begin, offset + begin, at - begin, 0)
+                if code:
+                    self.note_error(code, DOING_WRITE, offset + begin, at - begin)
+                add_seq(&self.data_bytes, <uint64_t>(at - begin))
+            if code:
+                return code
+        return 0
+
+    cdef int write_zero(self, int64_t offset, int64_t length) noexcept nogil:
+        cdef int code = 0
+        add_seq(&self.zero_bytes, <uint64_t>length)
+        if not self.target_is_zero:
+            code = self.target.write_zeroes_at(offset, length, MAY_UNMAP)
+            if code:
+                self.note_error(code, DOING_ZEROES, offset, length)
+        return code
+
+    cdef int compare_piece(self, const Piece *piece, char *buffer, char *other) noexcept nogil:
+        cdef int64_t offset = piece.offset
+        cdef int64_t end = piece.offset + piece.length
+        cdef int64_t step
+        cdef uint32_t flags
+        cdef int code
+        cdef bint same
+        while offset < end:
+            step = end - offset
+            if piece.zero:
+                step = self.target.block_status(offset, step, &flags)
+                if step > 0 and flags & STATUS_ZERO:
+                    offset += step
+                    continue
+                if step <= 0:
+                    step = end - offset
+            if step > self.chunk:
+                step = self.chunk
+            code = self.target.pread(other, offset, step)
+            if code == 0 and not piece.zero:
+                code = self.source.pread(buffer, offset, step)
+                if code:
+                    self.note_error(code, DOING_READ, offset, step)
+                    return code
+            if code:
+                self.note_error(code, DOING_COMPARE, offset, step)
+                return code
+            same = is_zero(other, step) if piece.zero else memcmp(buffer, other, <size_t>step) == 0
+            if not same:
+                while step > 1 and (is_zero(other, step // 2) if piece.zero else memcmp(buffer, other, <size_t>(step // 2)) == 0):
+                    # narrow down to the first difference: skip the half that is the same
+                    offset += step // 2
+                    other += step // 2
+                    buffer += step // 2
+                    step -= step // 2
+                self.note_error(DIFFERS, DOING_COMPARE, offset, 1)
+                return -EIO
+            add_seq(&self.data_bytes, <uint64_t>step)
+            offset += step
+        return 0
+
+    cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        if self.error_doing == DOING_NOTHING:
+            self.error_code = code
+            self.error_doing = doing
+            self.error_offset = offset
+            self.error_length = length
+        pthread_mutex_unlock(&self.lock)
+        store_seq(&self.failed, 1)
+
+    # -- order
+
+    cdef bint next_piece(self, Piece *piece) noexcept nogil:
+        cdef int64_t got = 0
+        cdef bint found = False
+        if load_seq(&self.cancelled) or load_seq(&self.failed):
+            return False
+        pthread_mutex_lock(&self.lock)
+        if self.ram_first:
+            found = self.next_in_ram(piece)
+            self.ram_first = found
+        if not found:
+            got = self.look_ahead()
+            if got > 0:
+                found = True
+                piece.offset = self.cursor
+                piece.length = got
+                piece.zero = self.extent_zero
+                self.cursor += got
+        pthread_mutex_unlock(&self.lock)
+        if got < 0:
+            self.note_error(<int>got, DOING_STATUS, self.cursor, self.source.length - self.cursor)
+        return found
+
+    cdef bint next_in_ram(self, Piece *piece) noexcept nogil:
+        """The next run of clusters that the RAM tier of the snapshot, or of a newer one, holds; they are marked as taken."""
+        cdef int bits = self.snapshot.cluster_bits
+        cdef int64_t clusters = self.snapshot.snap.geometry.clusters
+        cdef int64_t best = clusters, first, count
+        cdef int64_t best_count = 0
+        cdef Ticket ticket = enter(self.snapshot.state)
+        cdef int i
+        for i in range(ticket.epoch.chain_count):
+            count = bits_next_run((<Snap *>ticket.epoch.chain[i]).ram, self.ram_next, best, &first)
+            if count and first < best:
+                best = first
+                best_count = count
+            if ticket.epoch.chain[i] == self.snapshot.snap:
+                break
+        leave(ticket)
+        if best_count == 0:
+            return False
+        if best_count > self.chunk >> bits:
+            best_count = self.chunk >> bits
+        bits_set_atomic(self.taken, best, best_count)
+        self.ram_next = best + best_count
+        piece.offset = best << bits
+        piece.length = best_count << bits
+        if piece.length > self.source.length - piece.offset:
+            piece.length = self.source.length - piece.offset
+        piece.zero = False
+        return True
+
+    cdef int64_t look_ahead(self) noexcept nogil:
+        """How long the next piece at the cursor is; 0: the end; -errno. Skips what the RAM pass has taken."""
+        cdef int64_t end = self.source.length
+        cdef int64_t got, cluster, clusters
+        cdef uint32_t flags = 0
+        cdef int bits
+        while self.taken != NULL and self.cursor < end:
+            bits = self.snapshot.cluster_bits
+            clusters = self.snapshot.snap.geometry.clusters
+            cluster = bits_next_zero(self.taken, self.cursor >> bits, clusters)
+            if cluster << bits > self.cursor:
+                self.cursor = cluster << bits
+                continue
+            cluster = bits_next_one(self.taken, cluster, clusters)
+            if cluster < clusters:
+                end = cluster << bits
+            break
+        if self.cursor >= end:
+            return 0
+        if self.cursor >= self.extent_end:
+            got = self.source.length - self.cursor
+            got = self.source.block_status(self.cursor, got if got < LOOK_AHEAD else LOOK_AHEAD, &flags)
+            if got < 0:
+                return got
+            self.extent_end = self.cursor + got
+            self.extent_zero = flags & STATUS_ZERO
+        if end > self.extent_end:
+            end = self.extent_end
+        if not self.extent_zero and end - self.cursor > self.chunk:
+            # Data goes in chunks at multiples of the chunk, so that a target gets aligned writes.
+            return self.chunk - self.cursor % self.chunk
+        return end - self.cursor
+
+    # -- control plane
+
+    def cancel(self):
+        """Let the workers end after their present piece."""
+        store_seq(&self.cancelled, 1)
+
+    @property
+    def is_cancelled(self):
+        """Whether cancel() was called."""
+        return load_seq(&self.cancelled) != 0
+
+    @property
+    def done(self):
+        """Bytes of the source that are dealt with."""
+        return load_seq(&self.done_bytes)
+
+    def counters(self):
+        """Return done, data (written or compared) and zero, in bytes."""
+        return {"done": load_seq(&self.done_bytes), "data": load_seq(&self.data_bytes), "zero": load_seq(&self.zero_bytes)}
+
+    @property
+    def error(self):
+        """None, or what went wrong first: text with the operation, the offset, the length and the reason."""
+        cdef str text
+        if not load_seq(&self.failed):
+            return None
+        name = self.source.name if self.error_doing in (DOING_STATUS, DOING_READ) else self.target.name
+        text = f"{name}: {DOING_TEXT[self.error_doing]} at offset {self.error_offset}"
+        if self.error_code == DIFFERS:
+            return f"{text}: it differs from the source"
+        text += f", length {self.error_length}: "
+        if self.error_code == ERROR_BROKEN:
+            return text + f"snapshot broken: {self.snapshot.broken_reason()}"
+        if self.error_code == ERROR_NOT_IN_SNAPSHOT:
+            return text + "not in the snapshot"
+        return text + os.strerror(-self.error_code)

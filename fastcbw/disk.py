@@ -1,0 +1,321 @@
+"""The public objects: a disk with the filter on it, its snapshots, and several disks as a group."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastcbw.block.device import BlockDevice
+from fastcbw.block.image import as_device
+from fastcbw.block.python import Device
+from fastcbw.cbw.engine import Engine, take_snapshots
+from fastcbw.cbw.options import SnapshotOptions, check_name
+from fastcbw.errors import Error
+from fastcbw.export.nbd.server import Server
+from fastcbw.jobs.backup import BackupJob
+
+_open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
+_hooks_lock = threading.Lock()
+_hooks_installed = False
+
+
+def open(  # noqa: A001 - the name users write is fastcbw.open
+    image: str | os.PathLike | BlockDevice | Device,
+    *,
+    name: str | None = None,
+    format: str | None = None,
+    read_only: bool = False,
+    lock: bool = True,
+) -> Disk:
+    """Open a disk with the copy-before-write filter on it.
+
+    image: the path of a raw image file or block device; or a device object, which stays the caller's to close.
+    name: letters, digits, `_`, `.`, `-`; default: the file's name without its suffix.
+    format: "raw" takes the bytes of a file as they are, whatever magic they carry.
+    lock: take the image locks that QEMU understands.
+    Raises FormatRefused, ImageLocked, OSError, ValueError; nothing is left open.
+    """
+    if name is not None:
+        check_name(name, "disk name")
+    device = as_device(image, format=format, read_only=read_only, lock=lock)
+    owned = device is not image
+    try:
+        return Disk(device, name=name or _default_name(image, device), owned=owned)
+    except BaseException:
+        if owned:
+            device.close()
+        raise
+
+
+def _default_name(image: object, device: BlockDevice) -> str:
+    text = os.fsdecode(image) if isinstance(image, (str, bytes, os.PathLike)) else device.name
+    name = os.path.splitext(os.path.basename(text))[0]
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "disk"
+
+
+class Disk:
+    """A live disk: reads and writes go through the filter, snapshots are taken of it. Made by open().
+
+    read, readinto, write, write_zeroes, discard, flush, extents are those of `device`, the filter that also exports serve.
+    All methods are safe from any thread.
+    """
+
+    def __init__(self, device: BlockDevice, *, name: str, owned: bool) -> None:
+        _install_hooks()
+        self.name = name
+        self.length = device.length
+        self._child = device
+        self._owned = owned
+        self._engine = Engine(device)
+        self.device = self._engine.device
+        self.snapshots: dict[str, Snapshot] = {}
+        self._jobs: weakref.WeakSet[BackupJob] = weakref.WeakSet()
+        self._server: Server | None = None
+        self._lock = threading.RLock()
+        self._closed = False
+        # The door's own methods, so that a call costs no more than it must.
+        self.read, self.readinto, self.extents = self.device.read, self.device.readinto, self.device.extents
+        self.write, self.write_zeroes = self.device.write, self.device.write_zeroes
+        self.discard, self.flush = self.device.discard, self.device.flush
+        _open_disks.add(self)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest may not write."""
+        return self._child.read_only
+
+    @property
+    def sources(self) -> list[str | int]:
+        """Descriptors of the files that this disk is made of: what no backup may be written to."""
+        return [self._child.fileno()] if hasattr(self._child, "fileno") else []
+
+    def snapshot(self, name: str, **options: Any) -> Snapshot:
+        """Take a snapshot of this instant.
+
+        name: letters, digits, `_`, `.`, `-`. Keywords (INTERFACE's options): cluster_size=4096 (power of two, 4K to 1M),
+        ram="256M", spill=None (folder), spill_limit=None, on_full="break-snapshot", on_cbw_error="break-snapshot",
+        cbw_timeout=5000 (milliseconds), export="ro", durability="none".
+        Raises ValueError, TypeError, Error, LimitReached, OSError, MemoryError; then nothing has changed.
+        """
+        return _take([self], name, options)[0]
+
+    def serve(self, path: str | os.PathLike) -> Server:
+        """Serve the disk and its snapshots over NBD on the unix socket PATH, in the background, until close()."""
+        with self._lock:
+            if self._server is not None:
+                raise Error(f"{self.name}: is served already, on {', '.join(self._server.addresses)}")
+            server = Server()
+            try:
+                server.listen_unix(path)
+                server.add_export(self.name, self.device, description=f"disk {self.name}")
+                for snapshot in self.snapshots.values():
+                    snapshot._export(server)
+            except BaseException:
+                server.close()
+                raise
+            self._server = server
+            return server
+
+    def status(self) -> dict[str, Any]:
+        """Return the facts of the disk and of its snapshots, ready for JSON."""
+        return {
+            "name": self.name,
+            "length": self.length,
+            "read_only": self.read_only,
+            "guest": self._engine.counters(),
+            "snapshots": {name: snapshot.status() for name, snapshot in list(self.snapshots.items())},
+        }
+
+    def close(self) -> None:
+        """Cancel jobs, end exports and snapshots, release the image. Closing twice is no error."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for job in list(self._jobs):
+            job.cancel()
+            try:
+                job.wait()
+            except Error:
+                pass
+        if self._server is not None:
+            self._server.close()
+        self._engine.close()
+        self.snapshots.clear()
+        if self._owned:
+            self._child.close()
+        _open_disks.discard(self)
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<fastcbw.Disk {self.name}, {self.length} bytes, {len(self.snapshots)} snapshots>"
+
+
+class Snapshot:
+    """A disk as it was at one instant. Made by Disk.snapshot().
+
+    read, readinto, extents are those of `device`, a read-only BlockDevice; reads raise SnapshotBroken once the snapshot
+    was given up for the guest's sake. Safe from any thread.
+    """
+
+    def __init__(self, disk: Disk, name: str, device: BlockDevice) -> None:
+        self.disk = disk
+        self.name = name
+        self.device = device
+        self.length = device.length
+        self._holds = 0
+        self._closed = False
+        self._exported_by: Server | None = None
+        self._lock = threading.Lock()
+        self.read, self.readinto, self.extents = device.read, device.readinto, device.extents
+
+    def backup(self, target: str | os.PathLike | BlockDevice, **options: Any) -> BackupJob:
+        """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
+
+        Keywords: order="sequential" or "ram-first", workers=4, in_flight="2M", verify=False, force=False. See BackupJob.
+        Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
+        """
+        self.hold()
+        try:
+            job = BackupJob(self.device, target, sources=self.disk.sources, on_release=self.release, **options)
+        except BaseException:
+            self.release()
+            raise
+        self.disk._jobs.add(job)
+        return job.start()
+
+    def hold(self) -> None:
+        """Keep the snapshot from being closed; for exports and jobs. Error when it is closed already."""
+        with self._lock:
+            if self._closed:
+                raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted")
+            self._holds += 1
+
+    def release(self) -> None:
+        """Undo one hold()."""
+        with self._lock:
+            self._holds -= 1
+
+    def status(self) -> dict[str, Any]:
+        """Return the facts of the snapshot, ready for JSON."""
+        facts = {"name": self.name, "holds": self._holds}
+        try:
+            return facts | self.disk._engine.report(self.name)
+        except KeyError:
+            return facts | {"state": "deleted"}
+
+    def close(self) -> None:
+        """Delete the snapshot. Error while exports with clients, or jobs, hold it. Closing twice is no error."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._holds:
+                raise Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients")
+            self._closed = True
+        if self._exported_by is not None:
+            self._exported_by.remove_export(f"{self.disk.name}@{self.name}", force=True)
+        self.disk.snapshots.pop(self.name, None)
+        if not self.disk._closed:
+            self.disk._engine.delete(self.name)
+
+    def _export(self, server: Server) -> None:
+        server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, background=True,
+                          description=f"snapshot {self.name} of {self.disk.name}", on_connect=self.hold, on_disconnect=self.release)
+        self._exported_by = server
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<fastcbw.Snapshot {self.disk.name}@{self.name}>"
+
+
+class Group:
+    """Several disks, whose snapshots are taken at one instant. Made by group()."""
+
+    def __init__(self, disks: Sequence[Disk]) -> None:
+        self.disks = tuple(disks)
+
+    def snapshot(self, name: str, **options: Any) -> SnapshotGroup:
+        """Take the snapshot NAME of every disk at one instant: all, or none and an error. Options as Disk.snapshot.
+
+        New guest writes are held, on all the disks, for the few memory stores of the instant, so that writes that
+        depend on each other across disks keep their order in the snapshots. The limits (ram, spill_limit) are per disk.
+        """
+        return SnapshotGroup(_take(self.disks, name, options))
+
+
+class SnapshotGroup(tuple):
+    """The snapshots of a group, in the order of its disks; a context manager that closes them."""
+
+    def close(self) -> None:
+        """Delete every snapshot; the first error is raised after all were tried."""
+        first: Exception | None = None
+        for snapshot in self:
+            try:
+                snapshot.close()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> SnapshotGroup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def group(disks: Sequence[Disk]) -> Group:
+    """Return a group of DISKS, whose snapshots share one instant."""
+    return Group(disks)
+
+
+def _take(disks: Sequence[Disk], name: str, options: dict[str, Any]) -> list[Snapshot]:
+    parsed = SnapshotOptions.parse(**options)
+    devices = take_snapshots([disk._engine for disk in disks], name, parsed)
+    taken = []
+    for disk, device in zip(disks, devices):
+        snapshot = Snapshot(disk, name, device)
+        disk.snapshots[name] = snapshot
+        taken.append(snapshot)
+    for snapshot in taken:
+        if snapshot.disk._server is not None:
+            snapshot._export(snapshot.disk._server)
+    return taken
+
+
+def _install_hooks() -> None:
+    """With the first disk: close what is open when the interpreter ends, and refuse in the child of a fork."""
+    global _hooks_installed
+    with _hooks_lock:
+        if not _hooks_installed:
+            _hooks_installed = True
+            atexit.register(_close_all)
+            os.register_at_fork(after_in_child=_refuse_all)
+
+
+def _disks() -> Iterator[Disk]:
+    yield from list(_open_disks)
+
+
+def _close_all() -> None:
+    for disk in _disks():
+        disk.close()
+
+
+def _refuse_all() -> None:
+    for disk in _disks():
+        disk._engine.mark_forked()

@@ -1,0 +1,132 @@
+"""Where a backup goes: opened under a name that says it is incomplete, given its own name when it is done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from fastcbw.block.device import BlockDevice
+from fastcbw.block.file import FileDevice
+from fastcbw.block.image import refuse_uri, same_file
+from fastcbw.errors import ImageLocked
+
+#: What a target is called until it is complete.
+INCOMPLETE = ".incomplete"
+
+
+class Target:
+    """A target of LENGTH bytes. `device` is written; then complete(), or discard() after a cancel, or leave() after an error.
+
+    target: a path; or a BlockDevice, which is the caller's and is written as it is.
+    sources: paths and descriptors of the images that are read or served; the target may be none of them.
+    force: an existing regular file is replaced, at complete() and not before.
+
+    Raises FileExistsError, ValueError (target is a source, target smaller than the source, a directory, an NBD URI),
+    ImageLocked, OSError; then nothing was made or changed.
+    """
+
+    def __init__(self, target: str | os.PathLike | BlockDevice, length: int, *, sources: list[str | int] = (), force: bool = False):
+        self.is_zero = False            # every byte of the device reads as zero
+        self._path: str | None = None   # the name it gets in the end
+        self._temporary: str | None = None
+        self._force = force
+        if isinstance(target, BlockDevice):
+            self.device = target
+            self._check_length(length)
+            return
+        path = os.fsdecode(target)
+        refuse_uri(path)
+        exists = os.path.lexists(path)
+        if exists:
+            path = os.path.realpath(path)
+        if os.path.exists(path):
+            if any(same_file(path, source) for source in sources):
+                raise ValueError(f"target {path}: is the source itself (name another file)")
+            kind = os.stat(path).st_mode
+            if stat.S_ISDIR(kind):
+                raise IsADirectoryError(errno.EISDIR, "is a folder; the target is a file in it", path)
+            if stat.S_ISBLK(kind):
+                self.device = FileDevice(path, exclusive=True)
+                try:
+                    self._check_length(length)
+                except ValueError:
+                    self.device.close()
+                    raise
+                self._path = path
+                return
+            self._check_replaceable(path, force)
+        self._path = path
+        self._temporary = path + INCOMPLETE
+        self._remove_stale(self._temporary)
+        self.device = FileDevice(self._temporary, create_length=length, exclusive=True)
+        self.is_zero = True
+
+    def _check_length(self, length: int) -> None:
+        if self.device.length < length:
+            raise ValueError(f"target {self.device.name}: its {self.device.length} bytes are less than the source's {length}")
+        if self.device.read_only:
+            raise ValueError(f"target {self.device.name}: is read-only")
+
+    @staticmethod
+    def _check_replaceable(path: str, force: bool) -> None:
+        if not force:
+            raise FileExistsError(errno.EEXIST, "exists (--force replaces it)", path)
+        if os.path.getsize(path):
+            FileDevice(path, exclusive=True).close()        # in use by somebody? then ImageLocked says so
+
+    @staticmethod
+    def _remove_stale(path: str) -> None:
+        """Remove what an earlier run left, unless a run is still writing it."""
+        if not os.path.lexists(path):
+            return
+        try:
+            if os.path.getsize(path):
+                FileDevice(path, exclusive=True).close()
+        except ImageLocked as error:
+            raise ImageLocked(f"{error}: another backup is writing this target") from None
+        os.unlink(path)
+
+    @property
+    def incomplete_name(self) -> str | None:
+        """The file that a failed backup leaves, or None."""
+        return self._temporary
+
+    def sync(self) -> None:
+        """Return when what was written is on stable storage."""
+        self.device.flush()
+
+    def complete(self) -> None:
+        """Give the target its name. Call sync() before. FileExistsError when somebody else made that file meanwhile."""
+        self._close()
+        if self._temporary is None:
+            return
+        if self._force:
+            os.replace(self._temporary, self._path)
+        else:
+            os.link(self._temporary, self._path)
+            os.unlink(self._temporary)
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)        # the name, too, is to survive a power cut
+        finally:
+            os.close(folder)
+
+    def discard(self) -> bool:
+        """Remove what was written; False when it can't be removed (a device): it is incomplete and stays."""
+        self._close()
+        if self._temporary is None:
+            return False
+        os.unlink(self._temporary)
+        return True
+
+    def leave(self) -> str:
+        """Leave it as it is, under the name that says incomplete; return the words for the error message."""
+        self._close()
+        if self._temporary is None:
+            return f"{self.device.name} is incomplete"
+        return f"the incomplete target is {self._temporary}"
+
+    def _close(self) -> None:
+        if self._path is not None:
+            self.device.close()
