@@ -22,6 +22,7 @@ EXTENSIONS = [
     "fastcbw.block.delay",
     "fastcbw.block.fault",
     "fastcbw.block.python",
+    "fastcbw.block.vectors",
     "fastcbw.cbw.state",
     "fastcbw.cbw.locmap",
     "fastcbw.cbw.store",

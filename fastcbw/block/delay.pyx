@@ -185,6 +185,9 @@ cdef class DelayDevice(BlockDevice):
         self.open_all()
         self.child.close()
 
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
+        return self.child.fail(code, operation, offset, length)     # it may know more than the errno
+
     # -- data plane
 
     cdef void pass_gates(self, int operation, int64_t offset, int64_t length, bint after) noexcept nogil:

@@ -118,6 +118,9 @@ cdef class FaultDevice(BlockDevice):
         self.closed = True
         self.child.close()
 
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
+        return self.child.fail(code, operation, offset, length)     # it may know more than the errno
+
     # -- data plane
 
     cdef int meet(self, int operation, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:

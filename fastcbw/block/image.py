@@ -1,0 +1,86 @@
+"""Open what the user calls an image: the one place where a path becomes a device."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from fastcbw.block.device import BlockDevice
+from fastcbw.block.file import FileDevice
+from fastcbw.block.probe import refuse_format
+from fastcbw.block.python import Device, PythonDevice
+
+#: The values of `format` that are built.
+FORMATS = ("raw",)
+_NBD_SCHEMES = ("nbd:", "nbd+unix:", "nbds:", "nbds+unix:")
+
+Path = str | bytes | os.PathLike
+
+
+def open_image(
+    path: Path, *, format: str | None = None, read_only: bool = False, lock: bool = True, name: str | None = None
+) -> FileDevice:
+    """Open an image file or block device.
+
+    format: "raw" takes the bytes as they are; None also, unless they carry the magic of another format.
+    read_only, lock, name: as for FileDevice.
+    Raises FormatRefused, ImageLocked, OSError with the file's name; ValueError for a format that is not built and for
+    an NBD URI; nothing is left open.
+    """
+    check_format(format)
+    text = os.fsdecode(path)
+    refuse_uri(text)
+    device = FileDevice(text, read_only=read_only, lock=lock, name=name)
+    try:
+        if format is None:
+            refuse_format(device.fileno(), device.length, text)
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def as_device(
+    image: Path | BlockDevice | Device,
+    *,
+    format: str | None = None,
+    read_only: bool = False,
+    lock: bool = True,
+    name: str | None = None,
+) -> BlockDevice:
+    """Return the device that IMAGE is, or is made into: a BlockDevice as it is, a Device adapted, a path opened.
+
+    Raises as open_image does; ValueError where an option has no meaning for a device that exists already.
+    """
+    if isinstance(image, (BlockDevice, Device)):
+        check_format(format)
+        device = PythonDevice(image, name=name) if isinstance(image, Device) else image
+        if read_only and not device.read_only:
+            raise ValueError(f"read_only: {device.name}: the device exists already and is writable (open it read-only itself)")
+        return device
+    return open_image(image, format=format, read_only=read_only, lock=lock, name=name)
+
+
+def check_format(format: str | None) -> None:
+    """Raise ValueError unless FORMAT is None or one that is built."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: {format!r} is not built yet (there is {', '.join(FORMATS)})")
+
+
+def refuse_uri(text: str) -> None:
+    """Raise ValueError when TEXT is an NBD URI and no path."""
+    if text.startswith(_NBD_SCHEMES):
+        raise ValueError(
+            f"image: {text}: the NBD client device is not built yet (there are files and block devices; "
+            "a file of that name is opened as ./NAME)")
+
+
+def same_file(one: Path | int, other: Path | int) -> bool:
+    """Tell whether two paths or descriptors are one file: the same inode, or two nodes of the same block device.
+
+    Raises OSError with the file's name when one of them does not exist.
+    """
+    a, b = os.stat(one), os.stat(other)
+    if stat.S_ISBLK(a.st_mode) and stat.S_ISBLK(b.st_mode):
+        return a.st_rdev == b.st_rdev
+    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)

@@ -1,0 +1,91 @@
+"""Devices to test, and the check that a test leaves nothing behind."""
+
+import gc
+import os
+import pathlib
+import tempfile
+import threading
+
+import pytest
+
+from fastcbw.block.delay import DelayDevice
+from fastcbw.block.fault import FaultDevice
+from fastcbw.block.file import FileDevice
+from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.python import HOLE, ZERO, Device, PythonDevice
+
+
+class Bytes(Device):
+    """The device in Python that the tests use: a bytearray."""
+
+    def __init__(self, length):
+        self.length = length
+        self.data = bytearray(length)
+        self.flushes = 0
+
+    def read(self, offset, length):
+        return self.data[offset : offset + length]
+
+    def write(self, offset, data):
+        self.data[offset : offset + len(data)] = data
+
+    def flush(self):
+        self.flushes += 1
+
+    def extents(self, offset, length):
+        if any(self.data):
+            yield length, 0
+        else:
+            yield length, HOLE | ZERO
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Fail a test that leaves a thread or a descriptor."""
+    gc.collect()
+    fds, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    yield
+    gc.collect()
+    assert set(threading.enumerate()) <= threads
+    assert len(os.listdir("/proc/self/fd")) <= len(fds)
+
+
+@pytest.fixture
+def shm_path():
+    """A folder in memory (tmpfs)."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fastcbw-test-") as path:
+        yield pathlib.Path(path)
+
+
+KINDS = ("memory", "tmpfs file", "disk file", "delay", "fault", "python")
+
+
+@pytest.fixture(params=KINDS)
+def make_device(request, tmp_path, shm_path):
+    """make(length) -> a fresh device of the kind; it replaces (and closes) the one made before."""
+    made = []
+
+    def make(length):
+        if made:
+            made.pop().close()
+        for folder in (tmp_path, shm_path):
+            (folder / "image").unlink(missing_ok=True)
+        match request.param:
+            case "memory":
+                device = MemoryDevice(length)
+            case "tmpfs file":
+                device = FileDevice(shm_path / "image", create_length=length)
+            case "disk file":
+                device = FileDevice(tmp_path / "image", create_length=length)
+            case "delay":
+                device = DelayDevice(MemoryDevice(length))
+            case "fault":
+                device = FaultDevice(MemoryDevice(length))
+            case "python":
+                device = PythonDevice(Bytes(length))
+        made.append(device)
+        return device
+
+    yield make
+    if made:
+        made.pop().close()
