@@ -13,3 +13,5 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_destroy(pthread_cond_t *condition) noexcept
     int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex) noexcept
     int pthread_cond_broadcast(pthread_cond_t *condition) noexcept
+    pthread_t pthread_self() noexcept
+    int pthread_setname_np(pthread_t thread, const char *name) noexcept
