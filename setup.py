@@ -35,6 +35,9 @@ EXTENSIONS = [
     "fastcbw.cbw.lifecycle",
     "fastcbw.cbw.copier",
     "fastcbw.cbw.engine",
+    "fastcbw.export.nbd.pool",
+    "fastcbw.export.nbd.contexts",
+    "fastcbw.export.nbd.replies",
     "fastcbw.export.nbd.transmission",
 ]
 EXTENSIONS = [name for name in EXTENSIONS if os.path.exists(name.replace(".", "/") + ".pyx")]

@@ -1,0 +1,1 @@
+"""The NBD server: handshake in Python, transmission without the interpreter. Start at server.py."""

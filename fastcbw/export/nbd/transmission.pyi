@@ -1,0 +1,26 @@
+from collections.abc import Iterable
+
+from fastcbw.block.device import BlockDevice
+from fastcbw.export.nbd.contexts import MetaContext
+from fastcbw.export.nbd.pool import BufferPool
+
+COUNTERS: tuple[str, ...]
+
+class Connection:
+    def __init__(
+        self,
+        fd: int,
+        device: BlockDevice,
+        pool: BufferPool,
+        name: str,
+        *,
+        structured: bool = False,
+        contexts: Iterable[tuple[int, MetaContext]] = (),
+        read_only: bool = False,
+        background: bool = False,
+        spin_us: int = 0,
+    ) -> None: ...
+    def run(self) -> str: ...
+    def stop(self, *, kill: bool = False) -> None: ...
+    def set_reason(self, text: str) -> None: ...
+    def counts(self) -> dict[str, int]: ...
