@@ -72,7 +72,8 @@ cdef int copy_write_log(Copy *copy) noexcept nogil:
             continue
         while i < copy.items_count and not copy.items[i].zero and copy.items[i].position == item.position + (i - begin) \
                 and copy.items[i].cluster == item.cluster + (i - begin) \
-                and copy.items[i].data == item.data + (i - begin) * store.cluster_bytes:
+                and copy.items[i].data == item.data + (i - begin) * store.cluster_bytes \
+                and copy.items[i].position % store.segment_clusters != 0:       # a segment's header lies before it
             i += 1
         code = log_write(store, item.position, item.data, i - begin, item.cluster, copy.snap.id)
         if code:
