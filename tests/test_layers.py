@@ -1,4 +1,4 @@
-"""Imports point down: every file of the package, Python and Cython, by its text."""
+"""Imports point down, and the architecture page names every file: the package by its text."""
 
 import ast
 import pathlib
@@ -117,3 +117,17 @@ def test_the_parser_sees_every_form_of_import(tmp_path):
         "from libc.stdint cimport int64_t\n"
     )
     assert list(parts_imported(source)) == [(1, "kernels"), (5, "cbw"), (6, "jobs"), (7, "disk"), (7, "__init__")]
+
+
+def test_the_architecture_page_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = {path.relative_to(PACKAGE) for suffix in ("py", "pyx", "pxd", "h") for path in PACKAGE.rglob(f"*.{suffix}")}
+    # An __init__ that only makes a folder a package is no news. In a folder, a .pyx and its .pxd are named once, as
+    # folder/name with or without a suffix; what lies at the top is named with its suffix, else any word would do.
+    named = {
+        path.as_posix() if path.parent.name == "" else path.with_suffix("").as_posix()
+        for path in files
+        if path.name != "__init__.py" or path.parent.name == ""
+    }
+    missing = sorted(name for name in named if not re.search(rf"(?<![\w/.-])(?:fastcbw/)?{re.escape(name)}(?![\w/-])", page))
+    assert not missing, f"docs/architecture.md does not name {missing}"

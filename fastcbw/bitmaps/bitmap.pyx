@@ -14,12 +14,12 @@ from libc.string cimport memset
 
 cimport cython
 
-from fastcbw.bitmaps.mapping cimport map_pages, resident_pages, unmap_pages
+from fastcbw.bitmaps.mapping cimport map_pages, populate_pages, resident_pages, unmap_pages
 from fastcbw.bitmaps.runs cimport RunList
 from fastcbw.kernels.bits cimport bit_run, bits_all, bits_claim_atomic, bits_clear_atomic, bits_next_zero, bits_runs
 from fastcbw.kernels.sparse cimport (
     sparse_and_not, sparse_bits, sparse_copy, sparse_count, sparse_equal, sparse_mark, sparse_next_one, sparse_next_run,
-    sparse_or_atomic, sparse_runs, sparse_set_atomic, sparse_tidy, summary_bits,
+    sparse_or_atomic, sparse_runs, sparse_set_atomic, sparse_stretch, sparse_tidy, summary_bits,
 )
 
 import bitarray as _bitarray
@@ -80,6 +80,7 @@ cdef class ClusterBitmap:
         if fill and length:
             sparse_mark(&self.bits, 0, length)
             with nogil:
+                populate_pages(self.bits.words, words_of(length) * 8)
                 memset(self.bits.words, 0xff, <size_t>words_of(length) * 8)
             self.bits.words[words_of(length) - 1] = ~(<uint64_t>0) >> (-length & 63)
 
@@ -252,6 +253,7 @@ cdef class ClusterBitmap:
         """Return a bitmap of its own with the same bits."""
         cdef ClusterBitmap twin = ClusterBitmap(self.bits.length)
         with nogil:
+            populate_as(&twin.bits, &self.bits)
             sparse_copy(&twin.bits, &self.bits)
         return twin
 
@@ -264,6 +266,7 @@ cdef class ClusterBitmap:
         cdef ClusterBitmap target
         if out is None:
             target = ClusterBitmap(self.bits.length)
+            populate_as(&target.bits, &self.bits)
         else:
             target = self.same_length(out, "out")
             target.check_writable()
@@ -377,6 +380,19 @@ cdef class ClusterBitmap:
                 sparse_or_atomic(&bitmap.bits, &source)
                 sparse_tidy(&bitmap.bits)
         return bitmap
+
+
+cdef void populate_as(sparse_bits *target, const sparse_bits *source) noexcept nogil:
+    """Populate what will be written, where SOURCE may hold ones: a call a stretch costs less than a fault a page."""
+    cdef int64_t first = 0
+    cdef int64_t stop = 0
+    if source.summary == NULL:      # its stretch is everything, which says nothing about what it holds
+        return
+    while first < source.length:
+        first = sparse_stretch(source, first, source.length, &stop)
+        if first < stop:
+            populate_pages(target.words + (first >> 6), (words_of(stop) - (first >> 6)) * 8)
+        first = stop
 
 
 cdef ClusterBitmap wrap_words(uint64_t *words, uint64_t *summary, int64_t length_bits, object owner, bint writable):

@@ -51,6 +51,11 @@ cdef inline int64_t words_end(int64_t end) noexcept nogil:
 # -- the guest's path: a few words, explicit order
 
 
+cdef inline bint in_one_word(int64_t first, int64_t count) noexcept nogil:
+    """The range is not empty and does not leave its first word: what nearly every request of a guest asks."""
+    return count > 0 and first >> 6 == (first + count - 1) >> 6
+
+
 cdef bint bits_all(const uint64_t *words, int64_t first, int64_t count) noexcept nogil:
     return count <= 0 or bits_next_zero(words, first, first + count) == first + count
 
@@ -59,6 +64,9 @@ cdef bint bits_all_seq(const uint64_t *words, int64_t first, int64_t count) noex
     cdef int64_t end = first + count
     cdef int64_t w
     cdef uint64_t mask
+    if in_one_word(first, count):
+        mask = (~(<uint64_t>0) >> (64 - count)) << (first & 63)
+        return (load_seq(words + (first >> 6)) & mask) == mask
     for w in range(first >> 6, words_end(end)):
         mask = word_mask(w, first, end)
         if (load_seq(words + w) & mask) != mask:
@@ -88,6 +96,11 @@ cdef void bits_clear_atomic(uint64_t *words, int64_t first, int64_t count) noexc
 cdef void bits_mark_seq(uint64_t *words, int64_t first, int64_t count) noexcept nogil:
     cdef int64_t w
     cdef uint64_t mask
+    if in_one_word(first, count):
+        mask = (~(<uint64_t>0) >> (64 - count)) << (first & 63)
+        if (load_seq(words + (first >> 6)) & mask) != mask:
+            or_seq(words + (first >> 6), mask)
+        return
     for w in range(first >> 6, words_end(first + count)):
         mask = word_mask(w, first, first + count)
         if (load_seq(words + w) & mask) != mask:

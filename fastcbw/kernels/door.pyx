@@ -1,13 +1,14 @@
 """The door from Python to the kernels over buffers, and the choice of their instruction set.
 
-The bitmap kernels are reached through ClusterBitmap; what works on plain buffers is here. Choosing an instruction set
-is for tests and benchmarks: the widest one the machine has is chosen at import, and all give the same result.
+Most bitmap kernels are reached through ClusterBitmap; those that only the engine uses (all_seq and what follows it) have a door
+here for their tests. Choosing an instruction set is for tests and benchmarks: the widest one the machine has is chosen at
+import, and all give the same result.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.kernels.bits cimport bits_choose
+from fastcbw.kernels.bits cimport bits_all_seq, bits_any, bits_choose, bits_mark_seq, bits_next_run, words_or
 from fastcbw.kernels.bytes cimport bytes_choose
 from fastcbw.kernels.bytes cimport crc32c as bytes_crc32c
 from fastcbw.kernels.bytes cimport is_zero as bytes_is_zero
@@ -56,6 +57,46 @@ def crc32c(buffer, uint32_t seed=0):
         return crc
     finally:
         PyBuffer_Release(&view)
+
+
+cdef int check_span(Py_ssize_t words, int64_t first, int64_t count) except -1:
+    if first < 0 or count < 0 or first > words * 64 - count:
+        raise ValueError(f"words: range {first}+{count} is not within their {words * 64} bits")
+    return 0
+
+
+def all_seq(const uint64_t[::1] words, int64_t first, int64_t count):
+    """Return True when bits first..first+count of WORDS (uint64) are all set: bits_all_seq, the test for settled."""
+    check_span(words.shape[0], first, count)
+    return bits_all_seq(&words[0], first, count)
+
+
+def mark_seq(uint64_t[::1] words, int64_t first, int64_t count):
+    """Set bits first..first+count of WORDS (uint64): bits_mark_seq, the mark for changed."""
+    check_span(words.shape[0], first, count)
+    bits_mark_seq(&words[0], first, count)
+
+
+def any_one(const uint64_t[::1] words, int64_t first, int64_t count):
+    """Return True when one of bits first..first+count of WORDS (uint64) is set: bits_any."""
+    check_span(words.shape[0], first, count)
+    return bits_any(&words[0], first, count)
+
+
+def next_run(const uint64_t[::1] words, int64_t first, int64_t end):
+    """Return (first, count) of the next run in bits first..end of WORDS (uint64); (end, 0) when none: bits_next_run."""
+    cdef int64_t begin = 0
+    cdef int64_t count
+    check_span(words.shape[0], first, end - first)
+    count = bits_next_run(&words[0], first, end, &begin)
+    return begin, count
+
+
+def or_into(uint64_t[::1] target, const uint64_t[::1] source):
+    """Set in TARGET (uint64) what is set in SOURCE, as many words: words_or."""
+    if target.shape[0] != source.shape[0]:
+        raise ValueError(f"source: {source.shape[0]} words do not match the target's {target.shape[0]}")
+    words_or(&target[0], &source[0], target.shape[0])
 
 
 def instruction_sets():
