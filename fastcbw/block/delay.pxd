@@ -3,12 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
+from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     GATES_MAX = 16
@@ -46,3 +41,5 @@ cdef class Gate:
     cdef DelayDevice device
     cdef int index              # in device.gates; -1 once opened
     cdef int64_t arrived_last   # what was counted when it was opened
+
+    cdef void let_go(self) noexcept nogil

@@ -5,38 +5,17 @@ known place without a sleep of its own: hold, let the other threads run, wait_ar
 without the interpreter lock, in the thread of the request.
 """
 
+cimport cython
 from libc.errno cimport EAGAIN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
-
-cdef extern from "<time.h>" nogil:
-    ctypedef int clockid_t
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    const clockid_t CLOCK_MONOTONIC
-    const int TIMER_ABSTIME
-    int clock_gettime(clockid_t clock, timespec *time) noexcept
-    int clock_nanosleep(clockid_t clock, int flags, const timespec *until, timespec *left) noexcept
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_condattr_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes) noexcept
-    int pthread_mutex_destroy(pthread_mutex_t *mutex) noexcept
-    int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
-    int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
-    int pthread_condattr_init(pthread_condattr_t *attributes) noexcept
-    int pthread_condattr_setclock(pthread_condattr_t *attributes, clockid_t clock) noexcept
-    int pthread_condattr_destroy(pthread_condattr_t *attributes) noexcept
-    int pthread_cond_init(pthread_cond_t *condition, const pthread_condattr_t *attributes) noexcept
-    int pthread_cond_destroy(pthread_cond_t *condition) noexcept
-    int pthread_cond_broadcast(pthread_cond_t *condition) noexcept
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex) noexcept
-    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until) noexcept
+from fastcbw.sync cimport (
+    cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_wait,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns,
+)
 
 cdef enum:
     READ = 0
@@ -47,26 +26,12 @@ cdef enum:
 
 OPERATION_NAMES = ("read", "write", "zero", "discard", "flush")
 
-cdef int64_t SECOND_NS = 1000000000
-
-
-cdef int64_t now_ns() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return time.tv_sec * SECOND_NS + time.tv_nsec
-
-
-cdef timespec time_of(int64_t ns) noexcept nogil:
-    cdef timespec time
-    time.tv_sec = ns // SECOND_NS
-    time.tv_nsec = ns % SECOND_NS
-    return time
-
-
 cdef void sleep_until(int64_t ns) noexcept nogil:
-    cdef timespec until = time_of(ns)
-    while clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) != 0:    # EINTR: the rest of it
-        pass
+    """Sleep until the monotonic clock reads NS; signals don't shorten it."""
+    cdef int64_t left = ns - now_ns()
+    while left > 0:
+        sleep_ns(left)
+        left = ns - now_ns()
 
 
 def _operation(name):
@@ -88,16 +53,12 @@ cdef class DelayDevice(BlockDevice):
 
     def __cinit__(self, BlockDevice child not None, *, read_ms=0, write_ms=0, zero_ms=0, discard_ms=0, flush_ms=0,
                   bytes_per_s=0, offset=0, length=None, name=None):
-        cdef pthread_condattr_t attributes
         self.child = child
         self.length = child.length
         self.name = child.name if name is None else name
         self.read_only = child.read_only
         pthread_mutex_init(&self.mutex, NULL)
-        pthread_condattr_init(&attributes)
-        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
-        pthread_cond_init(&self.changed, &attributes)
-        pthread_condattr_destroy(&attributes)
+        cond_init(&self.changed)
         self.ready = True
         self.end_byte = <uint64_t>child.length
         self.set(read_ms=read_ms, write_ms=write_ms, zero_ms=zero_ms, discard_ms=discard_ms, flush_ms=flush_ms,
@@ -297,6 +258,7 @@ cdef class DelayDevice(BlockDevice):
         return self.child.block_status(offset, length, flags)
 
 
+@cython.no_gc_clear     # __dealloc__ needs the device
 cdef class Gate:
     """A closed gate of a DelayDevice; made by hold(). Opens at the end of a `with` block."""
 
@@ -317,16 +279,16 @@ cdef class Gate:
     def wait_arrived(self, int64_t n=1, double timeout=10):
         """Return when N requests have come to the gate; TimeoutError after TIMEOUT seconds."""
         cdef DelayDevice device = self.device
-        cdef timespec until
+        cdef int64_t until
         cdef int index = self.index
         cdef int code = 0
         cdef int64_t arrived = self.arrived_last
         if index >= 0:
-            until = time_of(now_ns() + <int64_t>(timeout * 1e9))
+            until = now_ns() + <int64_t>(timeout * 1e9)
             with nogil:
                 pthread_mutex_lock(&device.mutex)
                 while device.gates[index].arrived < n and code != ETIMEDOUT:
-                    code = pthread_cond_timedwait(&device.changed, &device.mutex, &until)
+                    code = cond_wait_until(&device.changed, &device.mutex, until)
                 arrived = device.gates[index].arrived
                 pthread_mutex_unlock(&device.mutex)
         if arrived < n:
@@ -334,23 +296,8 @@ cdef class Gate:
 
     def open(self):
         """Let everybody through, and return when those who waited have left. Opening twice is no error."""
-        cdef DelayDevice device = self.device
-        cdef GateState *gate
-        if self.index < 0:
-            return
-        gate = &device.gates[self.index]
-        self.index = -1
         with nogil:
-            pthread_mutex_lock(&device.mutex)
-            self.arrived_last = gate.arrived
-            if gate.held:
-                gate.held = False
-                sub_seq(&device.gates_held, 1)
-            pthread_cond_broadcast(&device.changed)
-            while gate.waiting > 0:     # they are on their way out: they need only the mutex
-                pthread_cond_wait(&device.changed, &device.mutex)
-            gate.used = False
-            pthread_mutex_unlock(&device.mutex)
+            self.let_go()
 
     def __enter__(self):
         return self
@@ -359,16 +306,21 @@ cdef class Gate:
         self.open()
 
     def __dealloc__(self):
-        # A gate that nobody can open any more must not hold anybody.
+        self.let_go()       # a gate that nobody can open any more must not hold anybody
+
+    cdef void let_go(self) noexcept nogil:
         cdef GateState *gate
-        if self.index >= 0 and self.device is not None:
-            gate = &self.device.gates[self.index]
-            pthread_mutex_lock(&self.device.mutex)
-            if gate.held:
-                gate.held = False
-                sub_seq(&self.device.gates_held, 1)
-            pthread_cond_broadcast(&self.device.changed)
-            while gate.waiting > 0:
-                pthread_cond_wait(&self.device.changed, &self.device.mutex)
-            gate.used = False
-            pthread_mutex_unlock(&self.device.mutex)
+        if self.index < 0 or self.device is None:
+            return
+        gate = &self.device.gates[self.index]
+        self.index = -1
+        pthread_mutex_lock(&self.device.mutex)
+        self.arrived_last = gate.arrived
+        if gate.held:
+            gate.held = False
+            sub_seq(&self.device.gates_held, 1)
+        pthread_cond_broadcast(&self.device.changed)
+        while gate.waiting > 0:     # they are on their way out: they need only the mutex
+            pthread_cond_wait(&self.device.changed, &self.device.mutex)
+        gate.used = False
+        pthread_mutex_unlock(&self.device.mutex)

@@ -1,9 +1,9 @@
 # FaultDevice: a filter that counts requests and fails those that a rule names. For tests.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.delay cimport pthread_mutex_t
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
+from fastcbw.sync cimport pthread_mutex_t
 
 cdef enum:
     RULES_MAX = 32

@@ -12,12 +12,7 @@ import errno as _errno
 from fastcbw.block.device cimport BlockDevice, FUA
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes) noexcept
-    int pthread_mutex_destroy(pthread_mutex_t *mutex) noexcept
-    int pthread_mutex_lock(pthread_mutex_t *mutex) noexcept
-    int pthread_mutex_unlock(pthread_mutex_t *mutex) noexcept
+from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 cdef enum:
     READ = 0

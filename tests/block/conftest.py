@@ -42,12 +42,12 @@ class Bytes(Device):
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """Fail a test that leaves a thread or a descriptor."""
-    gc.collect()
-    fds, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
     yield
-    gc.collect()
-    assert set(threading.enumerate()) <= threads
-    assert len(os.listdir("/proc/self/fd")) <= len(fds)
+    if (len(os.listdir("/proc/self/fd")), threading.active_count()) > before:
+        gc.collect()    # what hangs in a cycle, a traceback say, is not left behind
+    assert threading.active_count() <= before[1]
+    assert len(os.listdir("/proc/self/fd")) <= before[0]
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def apply(device, model, request):
             device.flush()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scripts())
 def test_any_sequence_of_requests_is_what_a_bytearray_does(make_device, script):
     length, requests = script

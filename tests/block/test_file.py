@@ -5,7 +5,9 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 
+import numpy as np
 import pytest
 
 from fastcbw.block import vectors
@@ -245,3 +247,54 @@ def test_paths_may_be_bytes_and_names_are_for_messages(image):
         assert device.name == "root-disk"
         with pytest.raises(ValueError, match="^root-disk: range"):
             device.read(1 << 20, 1)
+
+
+@pytest.fixture
+def block_device(tmp_path):
+    """A loop device of 4 MiB. It takes privileges that a container may not have, not a program that is missing."""
+    (tmp_path / "backing").write_bytes(bytes(4 << 20))
+    made = subprocess.run(["losetup", "--find", "--show", str(tmp_path / "backing")], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device to be had here: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+def test_a_block_device_does_what_a_bytearray_does(block_device):
+    random, model = np.random.default_rng(1), bytearray(4 << 20)
+    with FileDevice(block_device) as device:
+        assert device.length == len(model)
+        for _ in range(200):
+            offset = int(random.integers(len(model)))
+            length = int(random.integers(1, min(100000, len(model) - offset) + 1))
+            part = slice(offset, offset + length)
+            match random.integers(4):
+                case 0:
+                    model[part] = random.bytes(length)
+                    device.write(offset, model[part])
+                case 1:
+                    flags = int(random.choice([0, vectors.FUA, vectors.MAY_UNMAP, vectors.MAY_UNMAP | vectors.FAST_ONLY]))
+                    code = vectors.write_zeroes_at(device, offset, length, flags)
+                    if code == 0:
+                        model[part] = bytes(length)
+                    else:
+                        assert code == -errno.EOPNOTSUPP and flags & vectors.FAST_ONLY
+                case 2:
+                    device.discard(offset, length)
+                    model[part] = device.read(offset, length)
+                case 3:
+                    assert device.read(offset, length) == model[part]
+        device.flush()
+        assert device.read(0, len(model)) == model
+        assert device.extents().tolist() == [(0, len(model), 0)]
+
+
+def test_zeroes_on_a_block_device_are_fast_only_for_whole_sectors_that_may_unmap(block_device):
+    with FileDevice(block_device) as device:
+        device.write(0, b"x" * 8192)
+        fast = vectors.FAST_ONLY | vectors.MAY_UNMAP
+        assert vectors.write_zeroes_at(device, 1, 4096, fast) == -errno.EOPNOTSUPP
+        assert vectors.write_zeroes_at(device, 0, 4096, vectors.FAST_ONLY) == -errno.EOPNOTSUPP
+        assert device.read(0, 8192) == b"x" * 8192
+        assert vectors.write_zeroes_at(device, 0, 4096, fast) == 0
+        assert device.read(0, 8192) == bytes(4096) + b"x" * 4096
