@@ -36,6 +36,9 @@ cdef class BlockDevice:
     cdef int sync(self) noexcept nogil                  # all that was acknowledged before is on stable storage
     # The first extent of the range: its length (1..length) with *flags, or -errno. Holes are the truth at some moment of the call.
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil
+    # What a code that a method returned means: the words go to TEXT (SIZE bytes, ended by 0); returns the errno to show outside.
+    # A device with verdicts of its own, codes below -999, overrides it.
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil
     cdef int check_open(self) except -1
     cdef int check_range(self, int64_t offset, int64_t length) except -1
     cdef int check_writable(self) except -1

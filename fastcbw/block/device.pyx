@@ -8,7 +8,9 @@ check the arguments, give up the interpreter lock for the whole request, and tur
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
+from libc.string cimport strerror
 
 import errno as _errno
 import os as _os
@@ -95,6 +97,10 @@ cdef class BlockDevice:
         """Default: all data."""
         flags[0] = 0
         return length
+
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
+        snprintf(text, size, "%s", strerror(-code))
+        return -code
 
     # -- control plane: the door
 

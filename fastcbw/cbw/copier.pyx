@@ -15,11 +15,9 @@ from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
-import os
-
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
-from fastcbw.cbw.reader cimport ERROR_BROKEN, ERROR_NOT_IN_SNAPSHOT, SnapshotDevice
+from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport Epoch, Snap, Ticket, bitmap_bytes, enter, leave
 from fastcbw.kernels.atomic cimport add_seq, cas_seq, load_seq, store_seq
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_run, bits_next_zero, bits_set_atomic
@@ -310,16 +308,15 @@ cdef class Copier:
     @property
     def error(self):
         """None, or what went wrong first: text with the operation, the offset, the length and the reason."""
-        cdef str text
+        cdef BlockDevice device
+        cdef char text[256]
         if not load_seq(&self.failed):
             return None
-        name = self.source.name if self.error_doing in (DOING_STATUS, DOING_READ) else self.target.name
-        text = f"{name}: {DOING_TEXT[self.error_doing]} at offset {self.error_offset}"
+        device = self.target
+        if self.error_doing == DOING_STATUS or self.error_doing == DOING_READ:
+            device = self.source
+        words = f"{device.name}: {DOING_TEXT[self.error_doing]} at offset {self.error_offset}"
         if self.error_code == DIFFERS:
-            return f"{text}: it differs from the source"
-        text += f", length {self.error_length}: "
-        if self.error_code == ERROR_BROKEN:
-            return text + f"snapshot broken: {self.snapshot.broken_reason()}"
-        if self.error_code == ERROR_NOT_IN_SNAPSHOT:
-            return text + "not in the snapshot"
-        return text + os.strerror(-self.error_code)
+            return f"{words}: it differs from the source"
+        device.explain(self.error_code, text, sizeof(text))
+        return f"{words}, length {self.error_length}: {text.decode(errors='replace')}"

@@ -216,7 +216,7 @@ cdef class Engine:
                 return
             for snapshot in self.snapshots.values():
                 if not snapshot.retired and load_seq(&snapshot.snap.dead) == BROKEN:
-                    _log.warning("%s: snapshot broken: %s", snapshot.name, snapshot.broken_reason())
+                    _log.warning("%s: %s", snapshot.name, snapshot.broken_reason())
                     self.retire(snapshot, BROKEN)
 
     @property

@@ -11,20 +11,19 @@ Counted in an epoch: look-ups and copies out of RAM. Not counted: I/O.
 
 from libc.errno cimport EINVAL, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strerror
 
 from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, word_position,
                                  word_slot, word_store, word_tag)
-from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_COMMAND, WHY_FULL, WHY_MEMORY, WHY_SOURCE, WHY_STORE,
+from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
                                 WHY_TIMEOUT, enter, leave, lookup, snap_ref, snap_unref)
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
 from fastcbw.kernels.bits cimport bits_any
-
-import os
 
 from fastcbw.errors import NotInSnapshot, SnapshotBroken
 
@@ -38,14 +37,18 @@ cdef uint64_t RETRY = ~(<uint64_t>0) - 256
 
 cdef int64_t BATCH_BYTES = 1 << 20
 
-cdef dict WHY_TEXT = {
-    WHY_FULL: "its store is full (both tiers at their limits)",
-    WHY_SOURCE: "old data could not be read from the disk",
-    WHY_STORE: "the disk tier could not be written",
-    WHY_TIMEOUT: "preserving old data took longer than cbw-timeout",
-    WHY_MEMORY: "no memory for the location map",
-    WHY_COMMAND: "it was broken by command",
-}
+cdef const char *why_text(uint64_t why) noexcept nogil:
+    if why == WHY_FULL:
+        return "its store is full (both tiers at their limits)"
+    if why == WHY_SOURCE:
+        return "old data could not be read from the disk"
+    if why == WHY_STORE:
+        return "the disk tier could not be written"
+    if why == WHY_TIMEOUT:
+        return "preserving old data took longer than cbw-timeout"
+    if why == WHY_MEMORY:
+        return "no memory for the location map"
+    return "by command"
 
 
 cdef class SnapshotDevice(BlockDevice):
@@ -311,19 +314,30 @@ cdef class SnapshotDevice(BlockDevice):
 
     # -- control plane
 
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
+        cdef uint64_t why = load_seq(&self.snap.broken_why)
+        cdef uint64_t error = load_relaxed(&self.snap.broken_errno)
+        cdef unsigned long long offset = load_relaxed(&self.snap.broken_offset)
+        if code == ERROR_NOT_IN_SNAPSHOT:
+            snprintf(text, size, "the range, or a part of it, is not in the snapshot")
+            return EINVAL
+        if code != ERROR_BROKEN:
+            return BlockDevice.explain(self, code, text, size)
+        if why == WHY_NOT:
+            snprintf(text, size, "the snapshot was deleted")
+        elif error and why != WHY_TIMEOUT:
+            snprintf(text, size, "snapshot broken: %s: %s, at offset %llu", why_text(why), strerror(<int>error), offset)
+        else:
+            snprintf(text, size, "snapshot broken: %s, at offset %llu", why_text(why), offset)
+        return EIO
+
     cdef str broken_reason(self):
         """Why the snapshot can't be read any more, for messages; None while it can."""
-        cdef uint64_t why = load_seq(&self.snap.broken_why)
-        cdef uint64_t code
+        cdef char text[256]
         if load_seq(&self.snap.dead) == ALIVE:
             return None
-        if why not in WHY_TEXT:
-            return "it was deleted"
-        text = WHY_TEXT[why]
-        code = load_relaxed(&self.snap.broken_errno)
-        if code and why != WHY_TIMEOUT:
-            text += f": {os.strerror(code)}"
-        return f"{text}, at offset {load_relaxed(&self.snap.broken_offset)}"
+        self.explain(ERROR_BROKEN, text, sizeof(text))
+        return text.decode(errors="replace")
 
     cdef int mark_closed(self) except -1:
         self.closed = True
@@ -341,10 +355,11 @@ cdef class SnapshotDevice(BlockDevice):
         return self.broken_reason()
 
     cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        if code == ERROR_BROKEN:
-            raise SnapshotBroken(f"{self.name}: {operation} {offset}+{length}: snapshot broken: {self.broken_reason()}")
-        if code == ERROR_NOT_IN_SNAPSHOT:
-            raise NotInSnapshot(f"{self.name}: {operation} {offset}+{length}: the range, or a part of it, is not in the snapshot")
+        cdef char text[256]
+        if code == ERROR_BROKEN or code == ERROR_NOT_IN_SNAPSHOT:
+            self.explain(code, text, sizeof(text))
+            raise (SnapshotBroken if code == ERROR_BROKEN else NotInSnapshot)(
+                f"{self.name}: {operation} {offset}+{length}: {text.decode(errors='replace')}")
         return BlockDevice.fail(self, code, operation, offset, length)
 
 
