@@ -142,7 +142,6 @@ def test_of_many_threads_that_claim_exactly_one_gets_each_bit():
     for worker in workers:
         worker.join()
     assert (sum(got) == 1).all()
-    assert sum(mine.any() for mine in got) > 1
     assert bitmap.all()
 
 
