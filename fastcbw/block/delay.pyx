@@ -149,6 +149,9 @@ cdef class DelayDevice(BlockDevice):
     cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
         return self.child.fail(code, operation, offset, length)     # it may know more than the errno
 
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
+        return self.child.explain(code, text, size)
+
     # -- data plane
 
     cdef void pass_gates(self, int operation, int64_t offset, int64_t length, bint after) noexcept nogil:
