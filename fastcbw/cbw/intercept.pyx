@@ -27,7 +27,7 @@ from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Line, Snap,
                                 claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
                                 is_current, leave, lookup, newest_needing, overlapped, snap_break, snap_ref, snap_unref,
                                 summary_set)
-from fastcbw.cbw.store cimport Store, log_give_back, log_take, slot_data, slot_unref, slots_take
+from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_take
 from fastcbw.cbw.worker cimport (Copy, CopyItem, ROUND_BYTES, ROUND_CLUSTERS, ROUND_WORDS, copy_give_back, copy_in_pool,
                                  copy_read)
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, fence_seq, load_relaxed, load_seq, or_seq, store_relaxed, store_release
@@ -200,13 +200,13 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
     copy.bounce = NULL
     snap = select(epoch, &copy, settle)
     release_others(epoch, &copy, settle)
-    if epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
+    if copy.items_count and epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
         return give_up(geometry, &copy, first, end, ticket)
     if copy.items_count:
-        if not take_room(&copy):
-            copy_give_back(&copy)
-            snap_break(state, snap, WHY_FULL, 0, copy.items[0].cluster << geometry.cluster_bits)
+        if not make_leaves(&copy):
+            snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
             return give_up(geometry, &copy, first, end, ticket)
+        take_slots(&copy)
         code = copy_old(state, &copy, started_ns, ticket.line)
         if code == -ETIMEDOUT:
             # The pool has the claims and the room now, and gives them back when the device answers.
@@ -215,11 +215,9 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
             return START_OVER
         if code:
             copy_give_back(&copy)
-            snap_break(state, snap, copy.why, -code, copy.error_offset)
+            snap_break(state, snap, copy.why, 0 if copy.why == WHY_FULL else -code, copy.error_offset)
             return give_up(geometry, &copy, first, end, ticket)
-        if not publish(&copy):
-            snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
-            return give_up(geometry, &copy, first, end, ticket)
+        publish(&copy)
         settle_and_release(epoch, &copy)
     return GO_ON
 
@@ -311,40 +309,36 @@ cdef bint old_writes_ended(EngineState state, Epoch *epoch, int64_t first, int64
     """
     cdef int bits = epoch.geometry.cluster_bits
     while overlapped(state, <int>((epoch.number - 1) & 3), first << bits, end << bits):
-        if snap != NULL and now_ns() > started_ns + snap.cbw_timeout_ns:
+        if now_ns() > started_ns + snap.cbw_timeout_ns:
             snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << bits)
             return False
         sleep_ns(OLD_WRITES_POLL_NS)
     return True
 
 
-cdef bint take_room(Copy *copy) noexcept nogil:
-    """Give every item a slot, or else a position in the log; neighbours get neighbouring positions. False: both are full."""
+cdef bint make_leaves(Copy *copy) noexcept nogil:
+    """Make the leaves of the location map beforehand, so that publishing can't fail. False: no memory."""
+    cdef int i
+    for i in range(copy.items_count):
+        if map_place(&copy.snap.map, copy.items[i].cluster) == NULL:
+            return False
+    return True
+
+
+cdef void take_slots(Copy *copy) noexcept nogil:
+    """Give the first items the slots that there are. Whether the others need room is known when they have been read."""
     cdef uint32_t slots[ROUND_CLUSTERS]
     cdef Store *store = copy.snap.store
-    cdef int64_t position
     cdef int i, taken = <int>slots_take(store, slots, copy.items_count)
-    cdef int64_t got
     for i in range(taken):
         copy.items[i].slot = slots[i]
         copy.items[i].data = slot_data(store, slots[i])
-    i = taken
-    while i < copy.items_count:
-        got = log_take(store, copy.items_count - i, &position)
-        if got == 0:
-            return False
-        while got > 0:
-            copy.items[i].position = position
-            position += 1
-            got -= 1
-            i += 1
-    return True
 
 
 cdef int copy_old(EngineState state, Copy *copy, int64_t started_ns, Line *line) noexcept nogil:
     """Read the old data where that can't wait, else have the pool do it, with the deadline."""
     cdef int code = -EAGAIN
-    if copy.items[copy.items_count - 1].slot >= 0:          # slots come first: then no item needs the disk tier
+    if copy.items[copy.items_count - 1].slot >= 0:          # slots come first: every item has one
         code = copy_read(copy, True)
     if code == -EAGAIN:
         add_relaxed(&line.waits, 1)
@@ -352,8 +346,8 @@ cdef int copy_old(EngineState state, Copy *copy, int64_t started_ns, Line *line)
     return code
 
 
-cdef bint publish(Copy *copy) noexcept nogil:
-    """Name the data in the location map (release, after the data); I3: from here on it is immutable. False: no memory."""
+cdef void publish(Copy *copy) noexcept nogil:
+    """Name the data in the location map (release, after the data); I3: from here on it is immutable."""
     cdef Snap *snap = copy.snap
     cdef Store *store = snap.store
     cdef CopyItem *item
@@ -361,10 +355,6 @@ cdef bint publish(Copy *copy) noexcept nogil:
     cdef uint64_t word
     cdef uint64_t zeroes = 0
     cdef int i
-    for i in range(copy.items_count):       # make the leaves first, so that all or nothing is published
-        if map_place(&snap.map, copy.items[i].cluster) == NULL:
-            copy_give_back(copy)
-            return False
     for i in range(copy.items_count):
         item = &copy.items[i]
         if item.zero:
@@ -375,17 +365,14 @@ cdef bint publish(Copy *copy) noexcept nogil:
         else:
             word = disk_word(store.index, item.position)
         place = map_place(&snap.map, item.cluster)
+        check(item.zero or item.slot >= 0 or item.position >= 0, "I4: a word names data")
         check(load_relaxed(place) == WORD_NONE, "I3: published old data is immutable")
         store_release(place, word)
         summary_set(snap, item.cluster, word)
-        if item.zero:
-            if item.slot >= 0:
-                slot_unref(store, item.slot)
-            else:
-                log_give_back(store, item.position)
+        if item.zero and item.slot >= 0:
+            slot_unref(store, item.slot)
     add_relaxed(&snap.preserved, <uint64_t>copy.items_count)
     add_relaxed(&snap.preserved_zero, zeroes)
-    return True
 
 
 cdef void settle_and_release(Epoch *epoch, Copy *copy) noexcept nogil:

@@ -31,7 +31,7 @@ cdef struct Copy:
     CopyItem items[ROUND_CLUSTERS]
     char *bounce                    # memory of the items without a slot
     int code                        # 0 or -errno
-    uint64_t why                    # WHY_SOURCE or WHY_STORE, with `code`
+    uint64_t why                    # WHY_SOURCE, WHY_STORE or WHY_FULL, with `code`
     int64_t error_offset
     # of a copy in the pool, under the pool's lock
     bint done
@@ -56,6 +56,6 @@ cdef class CopyPool:
     cdef void finish(self, Copy *task) noexcept nogil
 
 cdef int copy_read(Copy *copy, bint nowait) noexcept nogil      # reads all items and tests them for zeroes; -EAGAIN
-cdef void copy_give_back(Copy *copy) noexcept nogil             # slots and positions of all items
+cdef void copy_give_back(Copy *copy) noexcept nogil             # what room the items have; of a copy that failed, slots only
 # Runs the copy in the pool and waits for it. -ETIMEDOUT: it was abandoned, and keeps its claims and its room until it ends.
 cdef int copy_in_pool(PyObject *pool, Copy *copy, int64_t deadline_ns) noexcept nogil

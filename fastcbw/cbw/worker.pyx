@@ -6,20 +6,21 @@ tier, is made by a thread of the pool, while the guest's thread waits with a dea
 abandoned: the snapshot is broken, the guest goes on, and the pool's thread gives back claims and room when its device
 answers at last.
 
-Taken by the guest's thread beforehand: the claims, the slots, the positions in the log. Done here: I/O and the zero test.
-Publishing is the guest's thread's again, so that an abandoned copy can never publish.
+Taken by the guest's thread beforehand: the claims, and as many slots as there are. Done here: I/O, the zero test, and
+taking room in the log for what is not zero and has no slot: zeroes need no room, and all that may touch the disk tier is
+here. Publishing is the guest's thread's again, so that an abandoned copy can never publish.
 """
 
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, ENOMEM, ENOSPC, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
-from fastcbw.cbw.state cimport (WHY_SOURCE, WHY_STORE, claim_release, geometry_ref, geometry_unref, snap_ref, snap_unref)
-from fastcbw.cbw.store cimport Store, log_give_back, log_write, slot_data, slot_unref
+from fastcbw.cbw.state cimport (WHY_FULL, WHY_SOURCE, WHY_STORE, claim_release, geometry_ref, geometry_unref, snap_ref, snap_unref)
+from fastcbw.cbw.store cimport Store, log_give_back, log_take, log_write, slot_data, slot_unref
 from fastcbw.kernels.atomic cimport add_seq, sub_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -83,19 +84,67 @@ cdef int copy_write_log(Copy *copy) noexcept nogil:
     return 0
 
 
+cdef int take_room(Copy *copy) noexcept nogil:
+    """Room for the data that has no slot: slots that zeroes turned out not to need, then the log, neighbours together."""
+    cdef Store *store = copy.snap.store
+    cdef CopyItem *item
+    cdef int i, spare = 0
+    cdef int64_t left = 0, got = 0, position = 0
+    for i in range(copy.items_count):
+        item = &copy.items[i]
+        if item.slot >= 0 or item.zero:
+            continue
+        while spare < copy.items_count and not (copy.items[spare].zero and copy.items[spare].slot >= 0):
+            spare += 1
+        if spare == copy.items_count:
+            left += 1
+            continue
+        item.slot = copy.items[spare].slot
+        copy.items[spare].slot = -1
+        memcpy(slot_data(store, item.slot), item.data, <size_t>store.cluster_bytes)
+        item.data = slot_data(store, item.slot)
+    for i in range(copy.items_count):
+        item = &copy.items[i]
+        if item.slot >= 0 or item.zero:
+            continue
+        if got == 0:
+            got = log_take(store, left, &position)
+            if got == 0:
+                copy.why = WHY_FULL
+                copy.error_offset = item.cluster * store.cluster_bytes
+                return -ENOSPC
+        item.position = position
+        position += 1
+        got -= 1
+        left -= 1
+    return 0
+
+
+cdef void positions_give_back(Copy *copy) noexcept nogil:
+    """May tell the disk tier to drop a segment: never on the guest's own thread."""
+    cdef int i
+    for i in range(copy.items_count):
+        if copy.items[i].position >= 0:
+            log_give_back(copy.snap.store, copy.items[i].position)
+            copy.items[i].position = -1
+
+
 cdef void copy_give_back(Copy *copy) noexcept nogil:
     cdef int i
     for i in range(copy.items_count):
         if copy.items[i].slot >= 0:
             slot_unref(copy.snap.store, copy.items[i].slot)
-        elif copy.items[i].position >= 0:
-            log_give_back(copy.snap.store, copy.items[i].position)
+    positions_give_back(copy)
 
 
 cdef void copy_run(Copy *copy) noexcept nogil:
     copy.code = copy_read(copy, False)
     if copy.code == 0:
+        copy.code = take_room(copy)
+    if copy.code == 0:
         copy.code = copy_write_log(copy)
+    if copy.code:
+        positions_give_back(copy)
 
 
 cdef void copy_free(Copy *copy) noexcept nogil:

@@ -1,0 +1,199 @@
+"""The engine beside a plain model, driven by Hypothesis: same calls, same bytes, same accounts, after every step.
+
+One thread, so the model predicts everything: what the guest disk reads, what every snapshot reads, how many clusters were
+preserved and found to be zeroes, how much the tiers hold, and exactly which write makes a snapshot be given up because
+both tiers are full. FASTCBW_EXAMPLES=N runs N random examples instead of the fixed ones.
+"""
+
+import os
+import pathlib
+import tempfile
+
+import pytest
+from conftest import KINDS, make_disk, wait_until
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from model.plain import PlainDisk
+
+from fastcbw.block.memory import MemoryDevice
+from fastcbw.cbw.engine import Engine
+from fastcbw.errors import SnapshotBroken
+from fastcbw.jobs.backup import BackupJob
+
+EXAMPLES = os.environ.get("FASTCBW_EXAMPLES")
+CONFIG = settings(max_examples=int(EXAMPLES or 40), stateful_step_count=40, deadline=None, derandomize=EXAMPLES is None,
+                  suppress_health_check=list(HealthCheck))
+
+# No more than one round of the intercept (1 MiB), so that a write that finds no room preserved nothing at all.
+LENGTHS = st.sampled_from([1, 4095, 4096, 4097, 65 * 4096, 65 * 4096 + 1, 200_001, 3 * 65536 + 777, 63 * 4096 + 511, (1 << 20) - 1])
+ROOMS = st.sampled_from([0, 1, 2, 3, 16, 300])
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """One disk, many snapshots, caches from too small to large."""
+
+    kind = "memory"
+
+    @initialize(length=LENGTHS)
+    def begin(self, length):
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fastcbw-test-")
+        self.length = length
+        self.model = PlainDisk(length)
+        self.child = make_disk(self.kind, length, pathlib.Path(self.folder.name))
+        self.engine = Engine(self.child)
+        self.disk = self.engine.device
+        self.views = {}
+        self.number = 0
+
+    def span(self, data):
+        """A range of the disk: a few bytes, some clusters, or nearly all, with ends at and beside boundaries."""
+        unit = data.draw(st.sampled_from([1, 512, 4096, 65536]))
+        offset = min(data.draw(st.integers(0, self.length // unit)) * unit + data.draw(st.sampled_from([0, 0, 1, 511])), self.length - 1)
+        most = self.length - offset
+        length = data.draw(st.one_of(st.integers(1, min(most, 5000)), st.sampled_from([4096, 8192, 65536]), st.just(most)))
+        return offset, min(length, most)
+
+    # -- the guest
+
+    @rule(data=st.data(), byte=st.integers(0, 255))
+    def write(self, data, byte):
+        offset, length = self.span(data)
+        # No two neighbouring sectors alike, so that data of a wrong place shows.
+        content = bytes((byte + i // 512) % 256 for i in range(0, length, 512))
+        content = (b"".join(bytes([b]) * 512 for b in content))[:length] if byte else bytes(length)
+        self.disk.write(offset, content)
+        self.model.write(offset, content)
+
+    @rule(data=st.data())
+    def write_zeroes(self, data):
+        offset, length = self.span(data)
+        self.disk.write_zeroes(offset, length)
+        self.model.write_zeroes(offset, length)
+
+    @rule(data=st.data())
+    def discard(self, data):
+        offset, length = self.span(data)
+        self.disk.discard(offset, length)
+        self.model.discard(offset, length)
+
+    # -- snapshots
+
+    @precondition(lambda self: len(self.views) < 5)
+    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS)
+    def snapshot(self, size, ram, log):
+        if not self.model.live:     # the keeper may still be ending what is broken; afterwards the size is free again
+            wait_until(lambda: self.engine.cluster_size is None)
+        size = self.model.cluster_size or size
+        if ram == log == 0:
+            ram = 1
+        self.number += 1
+        name = f"s{self.number}"
+        options = {"cluster_size": size, "ram": ram * size}
+        if log:
+            options |= {"spill": self.folder.name, "spill_limit": 4096 + log * size}
+        self.views[name] = self.engine.snapshot(name, **options)
+        facts = self.engine.report(name)
+        capacity = (facts["ram_limit"] + facts["disk_limit"]) // size
+        assert ram <= capacity <= ram + log
+        self.model.snapshot(name, cluster_size=size, capacity=capacity)
+
+    @precondition(lambda self: self.views)
+    @rule(data=st.data())
+    def delete(self, data):
+        name = data.draw(st.sampled_from(sorted(self.views)))
+        view = self.views.pop(name)
+        self.engine.delete(name)
+        self.model.delete(name)
+        with pytest.raises(ValueError, match="closed"):
+            view.read(0, 1)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def break_snapshot(self, data):
+        name = data.draw(st.sampled_from([snapshot.name for snapshot in self.model.live]))
+        self.engine.break_snapshot(name)
+        self.model.break_snapshot(name)
+
+    @precondition(lambda self: self.views)
+    @rule(data=st.data())
+    def read(self, data):
+        name = data.draw(st.sampled_from(sorted(self.views)))
+        offset, length = self.span(data)
+        plain = self.model.snapshots[name]
+        if plain.broken:
+            with pytest.raises(SnapshotBroken, match=f"@{name}"):
+                self.views[name].read(offset, length)
+        else:
+            buffer = bytearray(length)
+            assert self.views[name].readinto(offset, buffer) == length
+            assert buffer == plain.read(offset, length)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), order=st.sampled_from(["sequential", "ram-first"]), workers=st.integers(1, 3),
+          chunk=st.sampled_from([4096, 12288, 65536]), verify=st.booleans())
+    def backup(self, data, order, workers, chunk, verify):
+        snapshot = data.draw(st.sampled_from(self.model.live))
+        target = MemoryDevice(self.length)
+        job = BackupJob(self.views[snapshot.name], target, order=order, workers=workers, in_flight=chunk * workers, verify=verify)
+        job.start().wait(60)
+        assert target.read(0, self.length) == snapshot.data
+        total = self.length * (2 if verify else 1)
+        assert (job.progress["done"], job.progress["total"]) == (total, total)
+
+    # -- what must hold
+
+    @invariant()
+    def guest_reads_what_it_wrote(self):
+        assert self.disk.read(0, self.length) == self.model.data
+
+    @invariant()
+    def every_snapshot_is_its_instant_or_broken(self):
+        for name, plain in self.model.snapshots.items():
+            facts = self.engine.report(name)
+            assert (facts["state"] == "broken") == plain.broken, facts
+            if plain.broken:
+                assert facts["reason"] and facts["reason"] in str(self.views[name].broken)
+                with pytest.raises(SnapshotBroken):
+                    self.views[name].read(0, self.length)
+            else:
+                assert self.views[name].read(0, self.length) == plain.data
+
+    @invariant()
+    def the_accounts_agree(self):
+        for plain in self.model.live:
+            facts = self.engine.report(plain.name)
+            assert facts["preserved_clusters"] == plain.preserved
+            assert facts["zero_clusters"] == plain.preserved_zero
+            assert facts["ram_bytes"] + facts["disk_bytes"] == plain.held * facts["cluster_size"]
+            assert facts["ram_bytes"] == min(plain.held * facts["cluster_size"], facts["ram_limit"])    # RAM first
+            assert facts["disk_bytes"] <= facts["disk_limit"]
+
+    @invariant()
+    def extents_tell_the_truth(self):
+        for plain in self.model.live:
+            rows = self.views[plain.name].extents(0, self.length)
+            assert rows["offset"][0] == 0 and rows["length"].sum() == self.length
+            for offset, length, flags in rows:
+                if flags & 2:
+                    assert not any(plain.data[offset : offset + length])
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        for name in list(self.views):
+            self.engine.delete(name)
+        assert self.engine.cluster_size is None
+        # Nothing is left of any of them: a snapshot starts empty, and the disk is what it was.
+        view = self.engine.snapshot("last", ram="4M")
+        assert self.engine.report("last")["ram_bytes"] == 0
+        assert view.read(0, self.length) == self.model.data
+        self.engine.close()
+        self.child.close()
+        self.folder.cleanup()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_agrees_with_the_plain_model(kind):
+    machine = type(f"Machine on {kind}", (EngineMachine,), {"kind": kind})
+    run_state_machine_as_test(machine, settings=CONFIG)
