@@ -243,6 +243,7 @@ def test_counters_outlive_the_connections_that_made_them(path, server, export):
 
 
 def test_threads_bear_the_name_of_the_export(client):
+    client.flush()      # answered, so the transmission phase has begun
     assert "nbd-disk" in {thread.name for thread in threading.enumerate()}
     comms = set()
     for task in os.listdir("/proc/self/task"):
