@@ -17,6 +17,7 @@ import atexit
 import errno
 import logging
 import os
+import select
 import selectors
 import socket
 import struct
@@ -113,6 +114,12 @@ class _Client:
     def status(self) -> dict:
         return {"number": self.number, "peer": self.peer, "counters": self.counts()}
 
+    def hung_up(self) -> bool:
+        """Whether the client has closed its side. Under the server's lock, as the socket is closed under it."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def stop(self, kill: bool = False) -> None:
         """Ask it to end: what was received is still served and answered; with KILL replies are not waited for either."""
         self.stopping = True
@@ -202,6 +209,18 @@ class Server:
         self._wake()
         return listener.address
 
+    def stop_listening(self, address: str) -> None:
+        """Close the listener at ADDRESS, as listed in `addresses`; its clients stay. Raises KeyError for an unknown one."""
+        with self._lock:
+            for listener in self._listeners:
+                if listener.address == address:
+                    break
+            else:
+                raise KeyError(f"{address}: the server does not listen there")
+            self._listeners.remove(listener)
+            self._selector.unregister(listener)
+            listener.close()
+
     @property
     def addresses(self) -> list[str]:
         """Where the server listens: socket paths and host:port."""
@@ -257,8 +276,12 @@ class Server:
         """Stop serving NAME. New clients are refused from the first moment on.
 
         Raises KeyError for an unknown name; Error naming how many connections use it, and nothing has changed, unless
-        FORCE: then its clients are disconnected after what they have in flight, and waited for.
+        FORCE: then its clients are disconnected after what they have in flight, and waited for. Clients that have closed
+        their socket and are about to be noticed don't count: they are waited for, so that a script may remove an
+        export as soon as the tool that used it has ended.
         """
+        if not force:
+            self._wait_for_departed(name)
         with self._lock:
             export = self._exports.get(name)
             if export is None:
@@ -271,6 +294,13 @@ class Server:
             clients = list(export._clients)
         if not self._end(clients):
             raise Error(f"export {name!r}: requests of its connections have not ended after {DEVICE_SECONDS:.0f} s")
+
+    def _wait_for_departed(self, name: str) -> None:
+        """Wait for those clients of NAME that have hung up; bounded."""
+        with self._lock:
+            export = self._exports.get(name)
+            clients = [client for client in export._clients if client.hung_up()] if export else []
+        self._wait_for(clients, GRACE_SECONDS)
 
     @property
     def exports(self) -> dict[str, Export]:
@@ -320,8 +350,8 @@ class Server:
         export = client.export
         if export is not None:
             self._call_on_disconnect(export)
-        client.sock.close()
         with self._changed:
+            client.sock.close()
             if export is not None:
                 export._clients.remove(client)
                 for name, value in client.counts().items():
@@ -358,7 +388,7 @@ class Server:
             return
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                if not self._closing:
+                if listener in self._listeners:
                     log.warning("%s: accepting a client failed: %s", listener.address, error)
                 return
             log.warning("%s: a client waits: %s", listener.address, os.strerror(error.errno))

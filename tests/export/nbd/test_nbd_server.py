@@ -76,6 +76,19 @@ def test_a_server_listens_on_several_sockets_and_on_tcp(server, export, folder):
             assert client.read(299_999, 2) == b"x\0"
 
 
+def test_a_listener_can_be_closed_while_its_clients_stay(server, path, export, folder):
+    address = server.listen_unix(folder / "second.sock")
+    with Client(address, "disk") as client:
+        server.stop_listening(address)
+        assert server.addresses == [path]
+        assert not os.path.exists(address)
+        assert client.read(0, 1) == b"\0"
+        with pytest.raises(FileNotFoundError):
+            Client(address, "disk")
+    with pytest.raises(KeyError):
+        server.stop_listening(address)
+
+
 def test_a_listening_socket_can_be_handed_over(path, disk):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -151,6 +164,16 @@ def test_an_export_in_use_is_not_removed_and_the_error_counts_its_users(path, se
         assert one.read(0, 1) == two.read(0, 1)
 
 
+def test_an_export_can_be_removed_as_soon_as_its_last_client_has_closed_its_socket(path, server, disk):
+    for _ in range(100):
+        server.add_export("disk", disk)
+        client = Client(path, "disk")
+        client.send(c.CMD_READ, 0, 1000)
+        client.close()
+        server.remove_export("disk")
+    assert server.exports == {}
+
+
 def test_a_removed_export_is_unknown_to_new_clients(path, server, export):
     server.remove_export("disk")
     with pytest.raises(NbdError, match="disk"):
@@ -220,6 +243,7 @@ def test_counters_outlive_the_connections_that_made_them(path, server, export):
 
 
 def test_threads_bear_the_name_of_the_export(client):
+    client.flush()      # answered, so the transmission phase has begun
     assert "nbd-disk" in {thread.name for thread in threading.enumerate()}
     comms = set()
     for task in os.listdir("/proc/self/task"):
