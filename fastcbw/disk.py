@@ -215,14 +215,19 @@ class Snapshot:
 
     def close(self) -> None:
         """Delete the snapshot. Error while exports with clients, or jobs, hold it. Closing twice is no error."""
+        server = self._exported_by
+        if server is not None and not self._closed:
+            # First the clients: this waits for those that have hung up already, and refuses while others are there.
+            server.remove_export(f"{self.disk.name}@{self.name}")
+            self._exported_by = None
         with self._lock:
             if self._closed:
                 return
-            if self._holds:
-                raise Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients")
-            self._closed = True
-        if self._exported_by is not None:
-            self._exported_by.remove_export(f"{self.disk.name}@{self.name}", force=True)
+            held, self._closed = self._holds, not self._holds
+        if held:
+            if server is not None:
+                self._export(server)
+            raise Error(f"{self.disk.name}@{self.name}: in use by {held} jobs or clients (end them first)")
         self.disk.snapshots.pop(self.name, None)
         if not self.disk._closed:
             self.disk._engine.delete(self.name)

@@ -62,19 +62,11 @@ class Export:
         self._ended = dict.fromkeys(COUNTERS, 0)    # counters of those that have left; the server's lock
         self._connections_total = 0
         self._removed = False
-        self._reason = ""
 
     @property
     def connections(self) -> int:
         """How many clients use the export now."""
         return len(self._clients)
-
-    def set_error_reason(self, text: str) -> None:
-        """Let the texts of I/O errors end with TEXT from now on: why a snapshot is broken. The first one stays."""
-        self._reason = self._reason or text
-        for client in list(self._clients):
-            if client.connection is not None:
-                client.connection.set_reason(self._reason)
 
     def status(self) -> dict:
         """Return name, sizes, connections and counters of this moment; json-able."""
@@ -432,8 +424,6 @@ class Server:
             with self._lock:
                 client.connection = connection
                 stopping = client.stopping
-            if export._reason:
-                connection.set_reason(export._reason)
             log.debug("export %s: client %s connected", export.name, client.peer)
             why = "ended by the server" if stopping else connection.run()
         except HandshakeEnded as error:

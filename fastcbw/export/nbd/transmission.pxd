@@ -16,7 +16,6 @@ cdef enum:
     BUFFER_LENGTH = 524288 + 262144 + 4096
     SMALL_READ_MAX = 131072         # a read up to this length goes through the batch of replies, a longer one takes a pool buffer
     EXTENTS_MAX = 4096              # extents of one context in a reply to BLOCK_STATUS
-    REASON_MAX = 256
     HOLD_REPLY_NS = 200000          # replies wait this long at most before the next request is begun
 
 cdef enum Ending:
@@ -82,8 +81,6 @@ cdef class Connection:
     # shared with the control plane (atomic)
     cdef uint32_t stopping          # receive no more; what was received is served and answered
     cdef uint32_t killing           # give up waiting for a pool buffer as well
-    cdef uint32_t reason_length     # published after the text (release)
-    cdef char reason[REASON_MAX]    # why I/O errors happen, appended to their text
     cdef uint64_t counters[COUNTERS_COUNT]      # written by the thread of run() only
     cdef Ending ending
     cdef int ending_code            # errno of RECEIVE_FAILED and SEND_FAILED

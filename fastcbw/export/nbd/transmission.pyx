@@ -50,8 +50,6 @@ cdef const char *OPERATIONS[8]
 OPERATIONS[:] = [b"read", b"write", b"disconnect", b"flush", b"trim", b"cache", b"write zeroes", b"block status"]
 
 cdef const char *SOME_REQUEST = b"request"
-cdef const char *COLON = b": "
-cdef const char *NOTHING = b""
 cdef const char *NOT_WRITABLE = b"the export is read-only"
 cdef const char *OUT_OF_RANGE = b"beyond the end of the export"
 cdef const char *TOO_LONG = b"longer than 32 MiB"
@@ -156,13 +154,6 @@ cdef class Connection:
         if kill:
             store32_release(&self.killing, 1)
             self.pool.wake()
-
-    def set_reason(self, str text):
-        """Let the texts of I/O errors end with TEXT from now on (why a snapshot is broken). The first one stays."""
-        cdef bytes encoded = text.encode(errors="replace")[:REASON_MAX - 1]
-        if encoded and self.reason_length == 0:
-            memcpy(self.reason, <const char *>encoded, len(encoded))
-            store32_release(&self.reason_length, <uint32_t>len(encoded))
 
     def counts(self):
         """Return the counters of this moment, a dict by the names in COUNTERS."""
@@ -551,22 +542,18 @@ cdef class Connection:
         self.replies.done(request.cookie)
 
     cdef void refuse(self, const Request *request, int code, const char *why, int64_t offset) noexcept nogil:
-        """An error reply for -errno CODE: the text names the export, the request and the reason (WHY, or the errno's own)."""
+        """An error reply for -errno CODE: the text names the export, the request and the reason (WHY, or the device's words)."""
         cdef char text[768]
-        cdef uint32_t reason_length
+        cdef char words[512]
         cdef const char *operation = SOME_REQUEST
-        cdef const char *colon = NOTHING
         count(&self.counters[ERRORS], 1)
+        if why == NULL:
+            code = -self.device.explain(code, words, sizeof(words))
+            why = words
         if code == -ECANCELED:
             code = -ESHUTDOWN
         if request.kind <= CMD_BLOCK_STATUS:
             operation = OPERATIONS[request.kind]
-        reason_length = load32_acquire(&self.reason_length) if why == NULL else 0
-        if reason_length:
-            colon = COLON
-        if why == NULL:
-            why = strerror(-code)
-        snprintf(text, sizeof(text), b"%s: %s %lld+%lld: %s%s%.*s", self.name, operation,
-                 <long long>request.offset, <long long>request.length, why,
-                 colon, <int>reason_length, self.reason)
+        snprintf(text, sizeof(text), b"%s: %s %lld+%lld: %s", self.name, operation,
+                 <long long>request.offset, <long long>request.length, why)
         self.replies.error(request.cookie, protocol_error(code), text, offset)

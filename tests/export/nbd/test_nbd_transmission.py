@@ -7,6 +7,8 @@ import struct
 
 import pytest
 
+import fastcbw
+
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.export.nbd import constants as c
@@ -278,16 +280,20 @@ def test_a_large_write_that_fails_is_received_to_its_end(faulty, fault):
     assert faulty.read(32 * MIB, 512) == bytes(512)
 
 
-def test_the_reason_of_an_export_is_told_with_its_errors(path, server, fault):
-    export = server.add_export("faulty", fault)
-    with Client(path, "faulty") as client:
-        export.set_error_reason("snapshot s1 was given up: RAM full")
-        with fault.fail_on("read"):
-            with pytest.raises(NbdError, match="Input/output error: snapshot s1 was given up: RAM full"):
-                client.read(0, 512)
-    with Client(path, "faulty") as client, fault.fail_on("read"):
-        with pytest.raises(NbdError, match="RAM full"):
+def test_a_broken_snapshot_is_an_io_error_that_says_why(path, server):
+    disk = fastcbw.open(MemoryDevice("1M", name="vm"), name="vm")
+    disk.write(0, b"old" * 100_000)
+    snapshot = disk.snapshot("s", ram="64K")
+    server.add_export("snap", snapshot.device)
+    with Client(path, "snap") as client:
+        assert client.read(0, 3) == b"old"
+        disk.write(0, b"new" * 100_000)         # more than the RAM tier holds, and there is no other
+        with pytest.raises(NbdError, match="snapshot broken: its store is full") as caught:
             client.read(0, 512)
+        assert caught.value.errno == c.EIO
+        with pytest.raises(NbdError, match="snapshot broken: its store is full"):
+            client.block_status(0, 4096)
+    disk.close()
 
 
 def test_block_status_merges_neighbours_and_stays_within_the_request(client, disk):
