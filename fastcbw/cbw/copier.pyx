@@ -19,8 +19,9 @@ from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport Epoch, Snap, Ticket, bitmap_bytes, enter, leave
-from fastcbw.kernels.atomic cimport add_seq, cas_seq, load_seq, store_seq
-from fastcbw.kernels.bits cimport bits_next_one, bits_next_run, bits_next_zero, bits_set_atomic
+from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
+from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_seq
+from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -30,7 +31,6 @@ cdef enum:
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
-cdef int64_t LOOK_AHEAD = 1 << 30       # bytes of the source whose block status is asked for at once
 
 cdef dict DOING_TEXT = {
     DOING_STATUS: "block status of the source",
@@ -40,6 +40,18 @@ cdef dict DOING_TEXT = {
     DOING_COMPARE: "compare the target",
     DOING_ALLOCATE: "allocate the buffer",
 }
+
+
+cdef int64_t next_ram_run(const Snap *snap, int64_t cluster, int64_t end, int64_t *first) noexcept nogil:
+    """As bits_next_run over the RAM summary; only the words of leaves that exist are looked at."""
+    cdef int64_t leaf = map_next_leaf(&(<Snap *>snap).map, cluster)
+    while leaf < end:
+        if load_relaxed(snap.ram + leaf // LEAF_CLUSTERS) != 0:
+            first[0] = bits_next_one(snap.ram, leaf if leaf > cluster else cluster, min(leaf + LEAF_CLUSTERS, end))
+            if first[0] < min(leaf + LEAF_CLUSTERS, end):
+                return bits_next_zero(snap.ram, first[0], end) - first[0]
+        leaf = map_next_leaf(&(<Snap *>snap).map, leaf + LEAF_CLUSTERS)
+    return 0
 
 
 cdef class Copier:
@@ -232,8 +244,8 @@ cdef class Copier:
         cdef Ticket ticket = enter(self.snapshot.state)
         cdef int i
         for i in range(ticket.epoch.chain_count):
-            count = bits_next_run((<Snap *>ticket.epoch.chain[i]).ram, self.ram_next, best, &first)
-            if count and first < best:
+            count = next_ram_run(ticket.epoch.chain[i], self.ram_next, best, &first)
+            if count:
                 best = first
                 best_count = count
             if ticket.epoch.chain[i] == self.snapshot.snap:
@@ -272,8 +284,7 @@ cdef class Copier:
         if self.cursor >= end:
             return 0
         if self.cursor >= self.extent_end:
-            got = self.source.length - self.cursor
-            got = self.source.block_status(self.cursor, got if got < LOOK_AHEAD else LOOK_AHEAD, &flags)
+            got = self.source.block_status(self.cursor, self.source.length - self.cursor, &flags)
             if got < 0:
                 return got
             self.extent_end = self.cursor + got

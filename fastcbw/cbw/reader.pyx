@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset, strerror
 
 from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
-from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, word_position,
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf, word_position,
                                  word_slot, word_store, word_tag)
 from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
                                 WHY_TIMEOUT, enter, leave, lookup, snap_ref, snap_unref)
@@ -259,20 +259,22 @@ cdef class SnapshotDevice(BlockDevice):
             return code
         while True:
             # How far does the kind of the first cluster go?
-            kind = DONE
-            cluster = first
-            while cluster < end_cluster:
+            ticket = enter(self.state)
+            cluster = next_held(ticket.epoch, self.snap, first, end_cluster)
+            kind = WORD_NONE
+            if cluster == first:
+                kind = kind_of(lookup(ticket.epoch, self.snap, first))
+            leave(ticket)
+            while kind != WORD_NONE and cluster < end_cluster and cluster - first < STATUS_CLUSTERS_MAX:
                 count = BATCH_CLUSTERS if end_cluster - cluster > BATCH_CLUSTERS else <int>(end_cluster - cluster)
                 ticket = enter(self.state)
                 look_up_run(ticket.epoch, self.snap, cluster, count, words)
                 leave(ticket)
-                if kind == DONE:
-                    kind = kind_of(words[0])
                 i = 0
                 while i < count and kind_of(words[i]) == kind:
                     i += 1
                 cluster += i
-                if i < count or cluster - first >= STATUS_CLUSTERS_MAX:
+                if i < count:
                     break
             limit = (cluster << self.cluster_bits) - offset
             if limit > length:
@@ -294,25 +296,12 @@ cdef class SnapshotDevice(BlockDevice):
 
     cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil:
         """How many bytes of the range, from its start, still no store holds."""
-        cdef uint64_t words[BATCH_CLUSTERS]
-        cdef int64_t cluster = offset >> self.cluster_bits
         cdef int64_t end = ((offset + length - 1) >> self.cluster_bits) + 1
-        cdef int64_t stop
-        cdef int i, count
-        cdef Ticket ticket
-        while cluster < end:
-            count = BATCH_CLUSTERS if end - cluster > BATCH_CLUSTERS else <int>(end - cluster)
-            ticket = enter(self.state)
-            look_up_run(ticket.epoch, self.snap, cluster, count, words)
-            leave(ticket)
-            for i in range(count):
-                if words[i] != WORD_NONE:
-                    stop = (cluster + i) << self.cluster_bits
-                    return stop - offset if stop > offset else 0
-            cluster += count
-        return length
-
-    # -- control plane
+        cdef Ticket ticket = enter(self.state)
+        cdef int64_t held = next_held(ticket.epoch, self.snap, offset >> self.cluster_bits, end)
+        leave(ticket)
+        held = (held << self.cluster_bits) - offset
+        return 0 if held < 0 else held if held < length else length
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
         cdef uint64_t why = load_seq(&self.snap.broken_why)
@@ -391,3 +380,26 @@ cdef void look_up_run(const Epoch *epoch, Snap *snap, int64_t first, int64_t cou
             if epoch.chain[k] == snap:
                 break
         i = stop
+
+
+cdef int64_t next_held(const Epoch *epoch, Snap *snap, int64_t cluster, int64_t end) noexcept nogil:
+    """The first cluster of cluster..end whose data for SNAP is in a store, or END. Costs what is preserved, not what is asked.
+
+    A hand-over puts the word into the older map before it leaves the newer, and the maps are walked from the newest, so a
+    word that moves is not missed.
+    """
+    cdef int64_t leaf, at
+    cdef const uint64_t *words
+    cdef int k
+    for k in range(epoch.chain_count):
+        leaf = map_next_leaf(&(<Snap *>epoch.chain[k]).map, cluster)
+        while leaf < end:
+            words = map_leaf(&(<Snap *>epoch.chain[k]).map, leaf)
+            for at in range(leaf if leaf > cluster else cluster, leaf + LEAF_CLUSTERS if leaf + LEAF_CLUSTERS < end else end):
+                if load_acquire(words + at % LEAF_CLUSTERS) != WORD_NONE:
+                    end = at        # nothing beyond it matters any more, in this map and in the older ones
+                    break
+            leaf = map_next_leaf(&(<Snap *>epoch.chain[k]).map, leaf + LEAF_CLUSTERS)
+        if epoch.chain[k] == snap:
+            break
+    return end
