@@ -1,0 +1,85 @@
+"""``fastcbw backup SOURCE TARGET``: copy a point in time into a file, here or in a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import ExitStack
+
+from fastcbw.cli.common import (UsageError, add_json, add_options, add_qmp, check_options, connect, is_nbd_uri,
+                                qmp_path, refuse_unbuilt)
+from fastcbw.cli.follow import Interrupts, follow
+from fastcbw.qmp.options import BACKUP_OPTIONS
+
+
+def add_parser(verbs) -> None:
+    parser = verbs.add_parser(
+        "backup", help="copy a point in time of a disk into a file",
+        description="SOURCE: an image file; or, of a running daemon, DISK@SNAP, or DISK (a snapshot is made for the "
+                    "job and removed after it). With --qmp SOURCE is always the daemon's; with only FASTCBW_QMP set "
+                    "a file of that name comes first. TARGET: a file.")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("target", metavar="TARGET")
+    add_options(parser, BACKUP_OPTIONS, "backup options")
+    parser.add_argument("--format", metavar="FMT", help="format of the target: raw")
+    parser.add_argument("--backing", metavar="FILE", help="backing file of an increment (not built yet)")
+    add_qmp(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = check_options(BACKUP_OPTIONS, arguments)
+    refuse_unbuilt(backing=arguments.backing)
+    for role, text in (("SOURCE", arguments.source), ("TARGET", arguments.target)):
+        if is_nbd_uri(text):
+            raise UsageError(f"{text}: NBD URIs as {role} are not built yet (give a file)")
+    if arguments.format not in (None, "raw"):
+        raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
+    if arguments.format is None and arguments.target.endswith(".qcow2"):
+        raise UsageError(f"{arguments.target}: qcow2 targets are not built yet (choose another name, or --format raw)")
+    start = _start_there if _is_daemons(arguments) else _start_here
+    with Interrupts() as interrupts, ExitStack() as stack:
+        return follow(start(arguments, options, stack), interrupts, json=arguments.json)
+
+
+def _is_daemons(arguments: argparse.Namespace) -> bool:
+    """Tell whether SOURCE names a disk of a daemon rather than a file."""
+    if arguments.qmp is not None:
+        return True
+    if "/" in arguments.source or os.path.exists(arguments.source):
+        return False
+    if qmp_path(arguments) is not None:
+        return True
+    if "@" in arguments.source:
+        raise UsageError(f"{arguments.source}: no such file (for a snapshot of a daemon give --qmp PATH)")
+    return False
+
+
+def _start_there(arguments: argparse.Namespace, options: dict, stack: ExitStack):
+    daemon = stack.enter_context(connect(arguments))
+    disk, at, snapshot = arguments.source.partition("@")
+    if at and not snapshot:
+        raise UsageError(f"{arguments.source}: no snapshot is named (give DISK@SNAP, or DISK)")
+    job = daemon.backup(disk, arguments.target, snapshot=snapshot or None, **options)
+    stack.callback(_forget, job)
+    return job
+
+
+def _forget(job) -> None:
+    """Dismiss the job that was followed to its end; a daemon that has gone needs no telling."""
+    from fastcbw.errors import Error
+
+    try:
+        job.dismiss()
+    except (Error, OSError):
+        pass
+
+
+def _start_here(arguments: argparse.Namespace, options: dict, stack: ExitStack):
+    from fastcbw.disk import open as open_disk
+
+    disk = stack.enter_context(open_disk(arguments.source, read_only=True))
+    snapshot = disk.snapshot("backup")
+    stack.callback(snapshot.close)
+    return snapshot.backup(arguments.target, **options)

@@ -1,0 +1,64 @@
+"""``fastcbw snapshot create|list|delete``: snapshots of a running daemon."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastcbw.cli.common import add_json, add_options, add_qmp, check_options, connect, print_json, print_table
+from fastcbw.qmp.options import SNAPSHOT_OPTIONS
+from fastcbw.units import format_size
+
+
+def add_parser(verbs) -> None:
+    parser = verbs.add_parser("snapshot", help="create, list or delete snapshots of a running daemon")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    create = actions.add_parser("create", help="take a snapshot of one disk, or of several at one instant")
+    create.add_argument("disks", nargs="+", metavar="DISK")
+    create.add_argument("--name", required=True, metavar="SNAP")
+    add_options(create, SNAPSHOT_OPTIONS, "snapshot options")
+    create.set_defaults(run=run_create)
+
+    listing = actions.add_parser("list", help="list all snapshots")
+    listing.set_defaults(run=run_list)
+
+    delete = actions.add_parser("delete", help="delete a snapshot that nobody uses")
+    delete.add_argument("disks", nargs="+", metavar="DISK")
+    delete.add_argument("--name", required=True, metavar="SNAP")
+    delete.set_defaults(run=run_delete)
+
+    for action in (create, listing, delete):
+        add_qmp(action)
+        add_json(action)
+
+
+def run_create(arguments: argparse.Namespace) -> int:
+    options = check_options(SNAPSHOT_OPTIONS, arguments)
+    with connect(arguments) as daemon:
+        created = daemon.client.execute("fastcbw-snapshot-create", name=arguments.name, disks=arguments.disks, **options)
+    if arguments.json:
+        print_json(created)
+    else:
+        for snapshot in created:
+            print(snapshot.get("uri", f"{snapshot['disk']}@{snapshot['name']}"))
+    return 0
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as daemon:
+        snapshots = daemon.snapshots()
+    if arguments.json:
+        print_json(snapshots)
+    else:
+        print_table(("DISK", "SNAPSHOT", "LENGTH", "STATE"),
+                    [(found["disk"], found["name"], format_size(found["length"]), found["status"].get("state", ""))
+                     for found in snapshots])
+    return 0
+
+
+def run_delete(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as daemon:
+        daemon.client.execute("fastcbw-snapshot-delete", name=arguments.name, disks=arguments.disks)
+    if arguments.json:
+        print_json([])
+    return 0

@@ -1,0 +1,44 @@
+"""``fastcbw status``: what a running daemon knows of itself."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastcbw.cli.common import add_json, add_qmp, connect, print_json, print_table
+from fastcbw.units import format_size
+
+
+def add_parser(verbs) -> None:
+    parser = verbs.add_parser("status", help="show disks, snapshots, exports and jobs of a running daemon")
+    add_qmp(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as daemon:
+        status = daemon.status()
+        snapshots = daemon.snapshots()
+    if arguments.json:
+        print_json(status)
+        return 0
+    print(f"fastcbw {status['version']}, process {status['pid']}, up {status['uptime_s']:.0f} s")
+    if status["nbd"] is not None:
+        print()
+        print_table(("EXPORT", "URI"), [(export["name"], export["uri"]) for export in status["nbd"]["exports"]])
+    if snapshots:
+        print()
+        print_table(("SNAPSHOT", "LENGTH", "STATE", "RAM", "DISK", "HOLDS"), [_row(found) for found in snapshots])
+    if status["jobs"]:
+        print()
+        print_table(("JOB", "STATUS", "SOURCE", "TARGET", "DONE", "RATE"), [
+            (job["id"], job.get("outcome", job["status"]), f"{job['disk']}@{job['snapshot']}", job["target"],
+             f"{format_size(job['current-progress'])} of {format_size(job['total-progress'])}",
+             f"{format_size(int(job['bytes-per-s']))}/s") for job in status["jobs"]])
+    return 0
+
+
+def _row(found: dict) -> tuple:
+    kept = found["status"]
+    return (f"{found['disk']}@{found['name']}", format_size(found["length"]), kept.get("state", ""),
+            format_size(kept.get("ram_bytes", 0)), format_size(kept.get("disk_bytes", 0)), kept.get("holds", 0))

@@ -1,0 +1,276 @@
+"""The daemon: disks, their snapshots, one NBD server, one QMP server and the jobs, tied together.
+
+It owns names and lifetimes and does O(1) work per operation; no guest request passes here. Every disk is the export
+NAME, every snapshot the export NAME@SNAP, which holds its snapshot while a client is connected.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from fastcbw.cbw.options import check_name
+from fastcbw.disk import group
+from fastcbw.errors import Error
+from fastcbw.export.nbd.listen import Listener, listen_unix
+from fastcbw.export.nbd.server import Server
+from fastcbw.qmp.jobs import JobRecord, JobTable
+from fastcbw.qmp.server import QmpServer
+from fastcbw.version import __version__
+
+
+class Daemon:
+    """Disks under names, served over NBD and driven over QMP.
+
+    Build it, add disks, listen, close. Methods are safe from any thread; changes of disks and snapshots happen one at
+    a time. A refused change raises ValueError or fastcbw.Error and leaves everything as it was.
+    """
+
+    def __init__(self):
+        self.disks: dict[str, object] = {}
+        self.jobs = JobTable(self.emit)
+        self.nbd: Server | None = None
+        self.qmp: QmpServer | None = None
+        self._change = threading.RLock()
+        self._started_ns = time.monotonic_ns()
+        self._uri_base = ("", "")  # what stands before and after an export's name
+        self._stop: queue.SimpleQueue[str] = queue.SimpleQueue()  # put() is safe in a signal handler
+        self._closed = False
+
+    # -- listening
+
+    def listen_nbd(self, where: str | Listener) -> None:
+        """Serve all exports on a unix socket path, or on a listener that the caller passes on."""
+        with self._change:
+            if self.nbd is not None:
+                raise Error("the NBD server is running already")
+            listener = where if isinstance(where, Listener) else listen_unix(where)
+            self._uri_base = _uri_base(listener)
+            self.nbd = Server()
+            for disk in self.disks.values():
+                self._export_disk(disk)
+                for snapshot in disk.snapshots.values():
+                    self._export_snapshot(snapshot)
+            self.nbd._listen(listener)  # last: a client that waits already finds every export
+
+    def listen_qmp(self, path: str, schema=None) -> None:
+        """Serve SCHEMA (default: all commands) on a unix socket path."""
+        from fastcbw.qmp.commands import COMMANDS  # commands need the daemon's type; the daemon needs them only here
+
+        with self._change:
+            if self.qmp is not None:
+                raise Error("the QMP server is running already")
+            self.qmp = QmpServer(listen_unix(path), COMMANDS if schema is None else schema, self)
+
+    def uri(self, export: str) -> str:
+        """Return the NBD URI of EXPORT."""
+        prefix, suffix = self._uri_base
+        return f"{prefix}{quote(export, safe='@')}{suffix}"
+
+    def exports(self) -> list[str]:
+        """Return the names of all exports: each disk, then its snapshots."""
+        with self._change:
+            names = []
+            for name, disk in self.disks.items():
+                names.append(name)
+                names += [f"{name}@{snapshot}" for snapshot in disk.snapshots]
+            return names
+
+    # -- disks and snapshots
+
+    def add_disk(self, disk) -> None:
+        """Take DISK over, a Disk whose name is its export's; close() closes it."""
+        with self._change:
+            check_name(disk.name, "disk name")
+            if disk.name in self.disks:
+                raise ValueError(f"disk {disk.name!r}: the name is in use (give each image its own, as in a=disk.img)")
+            self.disks[disk.name] = disk
+            if self.nbd is not None:
+                self._export_disk(disk)
+
+    def disk(self, name: str):
+        """Return the disk NAME."""
+        try:
+            return self.disks[name]
+        except KeyError:
+            known = ", ".join(self.disks) or "none"
+            raise Error(f"disk {name!r}: not found (disks here: {known})") from None
+
+    def snapshot(self, disk: str, name: str):
+        """Return the live snapshot NAME of DISK."""
+        snapshots = self.disk(disk).snapshots
+        try:
+            return snapshots[name]
+        except KeyError:
+            known = ", ".join(snapshots) or "none"
+            raise Error(f"snapshot {disk}@{name}: not found (snapshots of this disk: {known})") from None
+
+    def create_snapshot(self, name: str, disks: Sequence[str], **options) -> list:
+        """Take the snapshot NAME of DISKS, all at one instant, and export it. OPTIONS: as of Disk.snapshot."""
+        with self._change:
+            check_name(name)
+            members = [self.disk(disk) for disk in _distinct(disks)]
+            for disk in members:
+                if name in disk.snapshots:
+                    raise Error(f"snapshot {disk.name}@{name}: exists already (delete it, or choose another name)")
+            snapshots = _take(members, name, options)
+            if self.nbd is not None:
+                for snapshot in snapshots:
+                    self._export_snapshot(snapshot)
+        self.emit("FASTCBW_SNAPSHOT_CREATED", {"name": name, "disks": [disk.name for disk in members]})
+        return snapshots
+
+    def delete_snapshot(self, name: str, disks: Sequence[str]) -> None:
+        """Delete the snapshot NAME of each of DISKS; refused as a whole while one is in use or missing."""
+        with self._change:
+            snapshots = [self.snapshot(disk, name) for disk in _distinct(disks)]
+            for snapshot in snapshots:
+                self._check_unused(snapshot)
+            for snapshot in snapshots:
+                snapshot.close()  # refuses, atomically, what a client has taken up since
+                if self.nbd is not None:
+                    self.nbd.remove_export(_export_name(snapshot), force=True)
+        self.emit("FASTCBW_SNAPSHOT_DELETED", {"name": name, "disks": list(disks)})
+
+    def _check_unused(self, snapshot) -> None:
+        name = _export_name(snapshot)
+        for record in self.jobs.all():
+            if record.outcome is None and f"{record.disk}@{record.snapshot}" == name:
+                raise Error(f"snapshot {name}: in use by job {record.id} (cancel it, or wait for its end)")
+        holds = snapshot.status().get("holds", 0)
+        if holds:
+            raise Error(f"snapshot {name}: in use by {holds} connection(s) or job(s) (end them first)")
+
+    def _export_disk(self, disk) -> None:
+        self.nbd.add_export(disk.name, disk.device, description=f"disk {disk.name}")
+
+    def _export_snapshot(self, snapshot) -> None:
+        self.nbd.add_export(_export_name(snapshot), snapshot.device, read_only=True, background=True,
+                            description=f"snapshot {snapshot.name} of {snapshot.disk.name}",
+                            on_connect=snapshot.hold, on_disconnect=snapshot.release)
+
+    # -- jobs
+
+    def start_backup(self, disk: str, target: str, *, snapshot: str | None = None, job_id: str | None = None,
+                     **options) -> JobRecord:
+        """Start a backup of DISK@SNAPSHOT to the file TARGET; without SNAPSHOT one is made, and deleted at the end."""
+        with self._change:
+            if job_id is not None:
+                check_name(job_id, "job id")
+            own = snapshot is None
+            existing = self.disk(disk) if own else self.snapshot(disk, snapshot)
+            job_id = self.jobs.reserve(job_id)
+            made = None
+            try:
+                if own:
+                    snapshot = f"backup-{job_id}"
+                    made = self.create_snapshot(snapshot, [disk])[0]
+                job = (made or existing).backup(target, **options)
+            except BaseException:
+                self.jobs.give_back(job_id)
+                if made is not None:
+                    self.delete_snapshot(snapshot, [disk])
+                raise
+            record = JobRecord(job_id, job, disk, snapshot, target)
+            self.jobs.add(record, lambda: self._end_backup(record, own))
+            return record
+
+    def _end_backup(self, record: JobRecord, own: bool) -> None:
+        if own:
+            with self._change:
+                name = f"{record.disk}@{record.snapshot}"
+                if self.nbd is not None:
+                    self.nbd.remove_export(name, force=True)  # the job's own: a client that looked in has to go
+                self.snapshot(record.disk, record.snapshot).close()
+
+    # -- the outside
+
+    def emit(self, event: str, data: dict) -> None:
+        """Send an event to the QMP clients, when there are any."""
+        if self.qmp is not None:
+            self.qmp.emit(event, data)
+
+    def status(self) -> dict:
+        """Return everything that is known, as one object fit for JSON."""
+        with self._change:
+            return {
+                "version": __version__,
+                "pid": os.getpid(),
+                "uptime_s": round((time.monotonic_ns() - self._started_ns) / 1e9, 3),
+                "nbd": None if self.nbd is None else {
+                    **self.nbd.status(),
+                    "exports": [{**export, "uri": self.uri(export["name"])} for export in self.nbd.status()["exports"]],
+                },
+                "qmp": None if self.qmp is None else {"clients": self.qmp.clients},
+                "disks": {name: disk.status() for name, disk in self.disks.items()},
+                "jobs": [record.describe() for record in self.jobs.all()],
+            }
+
+    def request_stop(self, reason: str) -> None:
+        """Make wait() return REASON. Safe in a signal handler."""
+        self._stop.put(reason)
+
+    def wait(self) -> str:
+        """Wait until somebody asks for the end; return why."""
+        return self._stop.get()
+
+    def close(self) -> None:
+        """Answer the QMP clients, cancel the jobs, end the connections, close disks with their snapshots, remove the sockets.
+
+        Every step runs even when one before it failed; the first error is raised at the end.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        steps = [self.qmp.close] if self.qmp is not None else []  # first: nobody may begin anything any more
+        steps.append(self.jobs.close)
+        if self.nbd is not None:
+            steps.append(self.nbd.close)
+        steps += [disk.close for disk in self.disks.values()]
+        first = None
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+def _distinct(disks: Sequence[str]) -> list[str]:
+    if not disks:
+        raise ValueError("disks: at least one is needed")
+    for disk in disks:
+        if list(disks).count(disk) > 1:
+            raise ValueError(f"disk {disk!r}: named twice")
+    return list(disks)
+
+
+def _take(disks: list, name: str, options: dict) -> list:
+    """Take the snapshot of one disk, or of several at one instant."""
+    if len(disks) == 1:
+        return [disks[0].snapshot(name, **options)]
+    return list(group(disks).snapshot(name, **options))
+
+
+def _export_name(snapshot) -> str:
+    return f"{snapshot.disk.name}@{snapshot.name}"
+
+
+def _uri_base(listener: Listener) -> tuple[str, str]:
+    """Return what stands before and after an export's name in its URI."""
+    if listener.sock.family == socket.AF_UNIX:
+        return "nbd+unix:///", f"?socket={quote(os.path.abspath(listener.address), safe='/')}"
+    host, port = listener.sock.getsockname()[:2]
+    return f"nbd://{f'[{host}]' if ':' in host else host}:{port}/", ""

@@ -1,0 +1,166 @@
+"""The daemon's jobs by id: what query-jobs shows, what job-cancel reaches, and the events of their ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from fastcbw.errors import Error, JobCancelled, LimitReached
+
+log = logging.getLogger("fastcbw.jobs")
+
+JOBS_RUNNING_LIMIT = 64
+#: Ended jobs that nobody dismissed; the oldest goes when one more ends.
+JOBS_CONCLUDED_LIMIT = 64
+
+
+class JobRecord:
+    """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display."""
+
+    def __init__(self, name: str, job, disk: str, snapshot: str, target: str):
+        self.id = name
+        self.job = job
+        self.type = "backup"
+        self.disk = disk
+        self.snapshot = snapshot
+        self.target = target
+        self.outcome: str | None = None  # completed, failed, cancelled; set when all is cleaned up
+        self.error: str | None = None
+        self.thread: threading.Thread | None = None
+
+    @property
+    def status(self) -> str:
+        """QEMU's name of the state; ``concluded`` only after the job's own snapshot is gone too."""
+        if self.outcome is not None:
+            return "concluded"
+        return "created" if self.job.status == "created" else "running"
+
+    def describe(self) -> dict:
+        """Return QEMU's members of a job, and ours: outcome, bytes-per-s, result, disk, snapshot, target."""
+        progress = self.job.progress
+        described = {
+            "id": self.id,
+            "type": self.type,
+            "status": self.status,
+            "current-progress": progress["done"],
+            "total-progress": progress["total"],
+            "bytes-per-s": progress["bytes_per_s"],
+            "disk": self.disk,
+            "snapshot": self.snapshot,
+            "target": self.target,
+        }
+        if self.outcome is not None:
+            described["outcome"] = self.outcome
+            described["result"] = self.job.result or {}
+        if self.error is not None:
+            described["error"] = self.error
+        return described
+
+
+class JobTable:
+    """Jobs by id. Thread-safe. emit(event, data) is called from the threads that watch the jobs."""
+
+    def __init__(self, emit: Callable[[str, dict], None]):
+        self._emit = emit
+        self._lock = threading.Lock()
+        self._records: dict[str, JobRecord] = {}
+        self._reserved: set[str] = set()
+        self._next = 1
+
+    def reserve(self, name: str | None) -> str:
+        """Take NAME, or the next free ``jobN``, before the job exists, so that no two starts get the same."""
+        with self._lock:
+            if name is not None and (name in self._records or name in self._reserved):
+                raise Error(f"job {name!r}: the id is in use (dismiss that job, or choose another id)")
+            running = sum(record.outcome is None for record in self._records.values()) + len(self._reserved)
+            if running >= JOBS_RUNNING_LIMIT:
+                raise LimitReached(f"{running} jobs are running, the limit (wait for one, or cancel one)")
+            while name is None:
+                candidate = f"job{self._next}"
+                self._next += 1
+                if candidate not in self._records and candidate not in self._reserved:
+                    name = candidate
+            self._reserved.add(name)
+            return name
+
+    def give_back(self, name: str) -> None:
+        """Free a reserved id whose job did not start."""
+        with self._lock:
+            self._reserved.discard(name)
+
+    def add(self, record: JobRecord, on_end: Callable[[], None]) -> None:
+        """Watch RECORD's job; ON_END runs after it ended and before the job shows as concluded."""
+        record.thread = threading.Thread(target=self._watch, args=(record, on_end), name=f"fastcbw-job-{record.id}",
+                                         daemon=True)
+        with self._lock:
+            self._reserved.discard(record.id)
+            self._records[record.id] = record
+        self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "running"})
+        record.thread.start()
+
+    def _watch(self, record: JobRecord, on_end: Callable[[], None]) -> None:
+        outcome = "completed"
+        try:
+            record.job.wait()
+        except JobCancelled as error:
+            outcome, record.error = "cancelled", record.job.error or str(error)
+        except Exception as error:  # whatever ended it, the job has ended and its reason is shown
+            outcome, record.error = "failed", record.job.error or str(error) or type(error).__name__
+        try:
+            on_end()
+        except Exception as error:
+            log.exception("job %s: cleaning up failed", record.id)
+            if outcome == "completed":
+                outcome, record.error = "failed", f"the copy is complete, cleaning up failed: {error}"
+        record.outcome = outcome
+        self._forget_oldest()
+        progress = record.job.progress
+        data = {"type": record.type, "device": record.id, "len": progress["total"], "offset": progress["done"],
+                "speed": 0}
+        if outcome == "failed":
+            data["error"] = record.error
+        self._emit("BLOCK_JOB_CANCELLED" if outcome == "cancelled" else "BLOCK_JOB_COMPLETED", data)
+        self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "concluded"})
+
+    def _forget_oldest(self) -> None:
+        with self._lock:
+            ended = [name for name, record in self._records.items() if record.outcome is not None]
+            for name in ended[: max(0, len(ended) - JOBS_CONCLUDED_LIMIT)]:
+                del self._records[name]
+
+    def find(self, name: str) -> JobRecord:
+        with self._lock:
+            try:
+                return self._records[name]
+            except KeyError:
+                raise Error(f"job {name!r}: not found") from None
+
+    def all(self) -> list[JobRecord]:
+        """Return every job, oldest first."""
+        with self._lock:
+            return list(self._records.values())
+
+    def cancel(self, name: str) -> None:
+        """Ask the job to end; it has ended when it shows as concluded. An ended job can't be cancelled."""
+        record = self.find(name)
+        if record.outcome is not None:
+            raise Error(f"job {name!r}: has ended, it can't be cancelled (job-dismiss removes it)")
+        record.job.cancel()
+
+    def dismiss(self, name: str) -> None:
+        """Forget an ended job."""
+        record = self.find(name)
+        if record.outcome is None:
+            raise Error(f"job {name!r}: is {record.status}, it can't be dismissed (cancel it first)")
+        with self._lock:
+            self._records.pop(name, None)
+
+    def close(self) -> None:
+        """Cancel what runs and wait until all of it has ended."""
+        for record in self.all():
+            if record.outcome is None:
+                record.job.cancel()
+        for record in self.all():
+            if record.thread is not None:
+                record.thread.join()

@@ -1,0 +1,91 @@
+"""The options of a snapshot and of a backup, once: the command line and QMP both are made from these tables.
+
+A value that is not built yet is refused by name, here and for both; it is never accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    name: as on the command line, without the dashes. type: a type of the schema, for both.
+    choices: every value the interface knows; built: those that exist now (None: any; empty: the option itself is not
+    built, so only ``off`` may be given). off: the value that asks for nothing.
+    """
+
+    name: str
+    type: str
+    doc: str
+    choices: tuple[str, ...] = ()
+    built: tuple | None = None
+    off: object = None
+
+    @property
+    def keyword(self) -> str:
+        return self.name.replace("-", "_")
+
+    def refusal(self, value, dashes: str = "") -> str | None:
+        """Return why VALUE can't be had, one line, or None when it can. DASHES: how the option is written."""
+        name = dashes + self.name
+        if self.choices and value not in self.choices:
+            several = "," in value and all(part in self.choices for part in value.split(","))
+            what = "is unknown" if not several else "is not built yet: only one at a time"
+            return f"{name}: {value!r} {what} (one of {', '.join(self.built or self.choices)})"
+        if self.built is None or value in self.built or value == self.off:
+            return None
+        if not self.built:
+            return f"{name}: not built yet (leave the option out)"
+        return f"{name}: {value!r} is not built yet (what exists: {', '.join(map(str, self.built))})"
+
+
+SNAPSHOT_OPTIONS = (
+    Option("cluster-size", "size", "unit of copy-before-write, a power of two; the first live snapshot fixes it"),
+    Option("ram", "size", "hard limit of the RAM tier; 0 = none (default 256M)"),
+    Option("spill", "str", "directory of the disk tier (default: no disk tier)"),
+    Option("spill-limit", "size", "hard limit of the disk tier"),
+    Option("bitmap", "str", "preserve only what this bitmap marks", built=()),
+    Option("new-bitmap", "str", "an empty bitmap that starts at the same instant", built=()),
+    Option("on-full", "str", "when the limits are reached (default break-snapshot)",
+           choices=("wait", "break-snapshot", "break-guest-write"), built=("break-snapshot",)),
+    Option("on-cbw-error", "str", "when source or store fails (default break-snapshot)",
+           choices=("break-snapshot", "break-guest-write"), built=("break-snapshot",)),
+    Option("cbw-timeout", "int", "longest wait of a guest write in milliseconds (default 5000)"),
+    Option("copy-on-read", "bool", "keep in RAM what readers read", built=(), off=False),
+    Option("export", "str", "how the snapshot is exported (default ro)",
+           choices=("ro", "discard", "read-once"), built=("ro",)),
+    Option("durability", "str", "what the store survives (default none)",
+           choices=("none", "process", "power"), built=("none",)),
+)
+
+ORDERS = ("sequential", "ram-first", "disk-last", "disk-early", "zero-last", "hot-first")
+
+BACKUP_OPTIONS = (
+    Option("order", "str", "copy order (default sequential)", choices=ORDERS, built=("sequential", "ram-first")),
+    Option("workers", "int", "threads that copy"),
+    Option("in-flight", "size", "most bytes of the job in flight"),
+    Option("verify", "bool", "read the target again and compare it with the snapshot"),
+    Option("force", "bool", "replace an existing target"),
+    Option("rate", "size", "limit in bytes per second", built=()),
+    Option("guest-p99", "int", "slow down when the guest's p99 latency (ms) is above this", built=()),
+    Option("bitmap", "str", "copy only what this bitmap marks", built=()),
+    Option("consume", "bool", "drop from the snapshot what is copied", built=(), off=False),
+    Option("resume", "bool", "go on with a target that was left incomplete", built=(), off=False),
+)
+
+
+def refusals(options: tuple[Option, ...], given: Mapping[str, object], dashes: str = "") -> str | None:
+    """Return the first reason why GIVEN (keyword -> value; None = not given) can't be had, or None."""
+    for option in options:
+        value = given.get(option.keyword)
+        if value is None:
+            continue
+        reason = option.refusal(value, dashes)
+        if reason is not None:
+            return reason
+    return None
+

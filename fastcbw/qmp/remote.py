@@ -1,0 +1,224 @@
+"""The objects of a daemon in another process: disks, snapshots and jobs, each method one QMP command."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from fastcbw.errors import Error, JobCancelled, JobFailed
+from fastcbw.qmp.client import QmpClient
+
+#: How often a waiter looks at a job.
+POLL_SECONDS = 0.1
+
+
+def connect(path: str | os.PathLike, timeout: float | None = 60.0) -> RemoteDaemon:
+    """Connect to the QMP socket of a running daemon (``fastcbw serve --qmp PATH``)."""
+    return RemoteDaemon(QmpClient(path, timeout))
+
+
+class RemoteDaemon:
+    """A daemon in another process. Use it in a with block, or close() it; the daemon itself goes on."""
+
+    def __init__(self, client: QmpClient):
+        self.client = client
+
+    def status(self) -> dict:
+        """Return everything that the daemon knows of itself."""
+        return self.client.execute("fastcbw-status")
+
+    @property
+    def disks(self) -> Mapping[str, RemoteDisk]:
+        """The daemon's disks by name, as of now."""
+        return {name: RemoteDisk(self, name) for name in self.status()["disks"]}
+
+    def snapshot(self, name: str, disks: Sequence[str], **options) -> tuple[RemoteSnapshot, ...]:
+        """Take the snapshot NAME of DISKS (names), all at one instant. OPTIONS: as of Disk.snapshot."""
+        self.client.execute("fastcbw-snapshot-create", name=name, disks=list(disks), **options)
+        return tuple(RemoteSnapshot(self, disk, name) for disk in disks)
+
+    def snapshots(self) -> list[dict]:
+        """Return what the daemon knows of each snapshot."""
+        return self.client.execute("fastcbw-snapshot-list")
+
+    @property
+    def jobs(self) -> Mapping[str, RemoteJob]:
+        """The daemon's jobs by id, ended ones too until they are dismissed."""
+        return {job["id"]: RemoteJob(self, job["id"]) for job in self.client.execute("query-jobs")}
+
+    def backup(self, disk: str, target: str | os.PathLike, *, snapshot: str | None = None, **options) -> RemoteJob:
+        """Start a backup of DISK@SNAPSHOT there; without SNAPSHOT one is made for the job and deleted after it."""
+        target = os.path.abspath(target)  # the daemon's folder is another
+        answer = self.client.execute("fastcbw-backup", disk=disk, snapshot=snapshot, target=target, **options)
+        return RemoteJob(self, answer["id"])
+
+    def quit(self) -> None:
+        """End the daemon."""
+        self.client.execute("quit")
+
+    def close(self) -> None:
+        """Close the connection; the daemon goes on."""
+        self.client.close()
+
+    def __enter__(self) -> RemoteDaemon:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+class _RemoteBytes:
+    """What a remote disk and a remote snapshot refuse alike: their data goes over NBD, not over QMP."""
+
+    daemon: RemoteDaemon
+
+    def _export(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI under which the data is served."""
+        nbd = self.daemon.status()["nbd"] or {"exports": []}
+        for export in nbd["exports"]:
+            if export["name"] == self._export():
+                return export["uri"]
+        raise Error(f"{self._export()}: not exported over NBD")
+
+    def read(self, offset: int, length: int):
+        """Not built: read the NBD export ``uri`` instead."""
+        raise NotImplementedError(f"{self._export()}: data of a remote disk is not read over QMP (use NBD: {self.uri})")
+
+    write = readinto = extents = write_zeroes = discard = flush = read
+
+
+class RemoteDisk(_RemoteBytes):
+    """A disk of a daemon in another process."""
+
+    def __init__(self, daemon: RemoteDaemon, name: str):
+        self.daemon = daemon
+        self.name = name
+
+    def _export(self) -> str:
+        return self.name
+
+    def snapshot(self, name: str, **options) -> RemoteSnapshot:
+        """Take the snapshot NAME of this disk. OPTIONS: as of Disk.snapshot."""
+        return self.daemon.snapshot(name, [self.name], **options)[0]
+
+    @property
+    def snapshots(self) -> Mapping[str, RemoteSnapshot]:
+        """The live snapshots of this disk by name, as of now."""
+        return {found["name"]: RemoteSnapshot(self.daemon, self.name, found["name"])
+                for found in self.daemon.snapshots() if found["disk"] == self.name}
+
+    def backup(self, target: str | os.PathLike, **options) -> RemoteJob:
+        """Start a backup of this disk as it is now: its snapshot is made for the job and deleted after it."""
+        return self.daemon.backup(self.name, target, **options)
+
+    def status(self) -> dict:
+        """Return what the daemon knows of this disk."""
+        disks = self.daemon.status()["disks"]
+        if self.name not in disks:
+            raise Error(f"disk {self.name!r}: not found")
+        return disks[self.name]
+
+
+class RemoteSnapshot(_RemoteBytes):
+    """A snapshot of a daemon in another process. Leaving a with block deletes it, as close() does."""
+
+    def __init__(self, daemon: RemoteDaemon, disk: str, name: str):
+        self.daemon = daemon
+        self.disk = disk
+        self.name = name
+
+    def _export(self) -> str:
+        return f"{self.disk}@{self.name}"
+
+    def backup(self, target: str | os.PathLike, **options) -> RemoteJob:
+        """Start a backup of this snapshot to the file TARGET, on the daemon's machine."""
+        return self.daemon.backup(self.disk, target, snapshot=self.name, **options)
+
+    def status(self) -> dict:
+        """Return what the daemon knows of this snapshot."""
+        for found in self.daemon.snapshots():
+            if (found["disk"], found["name"]) == (self.disk, self.name):
+                return found
+        raise Error(f"snapshot {self._export()}: not found")
+
+    def close(self) -> None:
+        """Delete the snapshot; refused while it is in use."""
+        self.daemon.client.execute("fastcbw-snapshot-delete", name=self.name, disks=[self.disk])
+
+    def __enter__(self) -> RemoteSnapshot:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+class RemoteJob:
+    """A job of a daemon in another process."""
+
+    def __init__(self, daemon: RemoteDaemon, id: str):
+        self.daemon = daemon
+        self.id = id
+
+    def describe(self) -> dict:
+        """Return what query-jobs shows of this job."""
+        for job in self.daemon.client.execute("query-jobs"):
+            if job["id"] == self.id:
+                return job
+        raise Error(f"job {self.id!r}: not found")
+
+    @property
+    def status(self) -> str:
+        """``created``, ``running`` or ``concluded``."""
+        return self.describe()["status"]
+
+    @property
+    def progress(self) -> dict:
+        """Bytes done and in all, and the rate: done, total, bytes_per_s."""
+        return _progress(self.describe())
+
+    @property
+    def error(self) -> str | None:
+        """Why the job failed or that it was cancelled; None while it runs and when it completed."""
+        return self.describe().get("error")
+
+    @property
+    def result(self) -> dict | None:
+        """What the job reports at its end."""
+        return self.describe().get("result")
+
+    def wait(self, timeout: float | None = None) -> dict:
+        """Wait for the job's end and return its result.
+
+        Raises JobFailed or JobCancelled as it ended, TimeoutError when it has not within TIMEOUT seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (job := self.describe())["status"] != "concluded":
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"job {self.id}: not ended within {timeout:g} seconds")
+            time.sleep(POLL_SECONDS)
+        if job["outcome"] == "cancelled":
+            raise JobCancelled(job["error"])
+        if job["outcome"] == "failed":
+            raise JobFailed(job["error"])
+        return job["result"]
+
+    def cancel(self) -> None:
+        """Ask the job to end; it ends as cancelled, unless it had ended already."""
+        try:
+            self.daemon.client.execute("job-cancel", id=self.id)
+        except Error:
+            if self.status != "concluded":
+                raise
+
+    def dismiss(self) -> None:
+        """Make the daemon forget the job, which has ended."""
+        self.daemon.client.execute("job-dismiss", id=self.id)
+
+
+def _progress(job: dict) -> dict:
+    return {"done": job["current-progress"], "total": job["total-progress"], "bytes_per_s": job["bytes-per-s"]}

@@ -1,0 +1,193 @@
+"""Bad input: one line that names the thing, exit status 1 or 2, and nothing changed."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from cli_process import Served
+
+
+def snapshot_of(folder):
+    """Return what the files of a folder are: names, sizes, contents; sockets by name."""
+    found = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        found[entry.name] = open(entry.path, "rb").read() if entry.is_file() else None
+    return found
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """refused(status, text, *arguments): the command is refused with that text, and the folder is as it was."""
+
+    def refused(status, text, *arguments, **environment):
+        before = snapshot_of(tmp_path)
+        done = run(*arguments, **environment)
+        assert done.stdout == ""
+        assert done.stderr.startswith("fastcbw: ") and done.stderr.count("\n") == 1, done.stderr
+        assert text in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == status, done.stderr
+        assert snapshot_of(tmp_path) == before
+
+    return refused
+
+
+@pytest.mark.parametrize("command", [("serve", "gone.img", "--socket", "s"), ("backup", "./gone.img", "out.img")])
+def test_a_missing_image(refused, command):
+    refused(1, "gone.img: No such file", *command)
+
+
+@pytest.mark.parametrize("format", ["qcow2", "vmdk", "vhdx", "vdi"])
+def test_an_image_in_another_format(refused, tmp_path, format):
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, tmp_path / "vm.img", "16M"], check=True)
+    refused(1, "vm.img", "serve", "vm.img", "--socket", "s")
+    refused(1, format, "backup", "vm.img", "out.img")
+
+
+def test_a_locked_image(refused, served, image):
+    refused(1, "vm.img", "serve", "again=vm.img", "--socket", "s")
+    refused(1, "vm.img", "backup", "./vm.img", "out.img")
+
+
+def test_an_image_that_qemu_holds(refused, image, tmp_path):
+    holder = subprocess.Popen(["qemu-io", "-f", "raw", str(image)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        holder.stdin.write(b"read 0 512\n")
+        holder.stdin.flush()
+        holder.stdout.readline()  # it has the image open by now
+        refused(1, "vm.img", "serve", "vm.img", "--socket", "s")
+    finally:
+        holder.communicate(b"quit\n")
+
+
+def test_an_image_shorter_than_announced(refused, image, tmp_path):
+    """A file cut after it was opened: the read that meets its end is an error, in a backup too."""
+    served = Served(tmp_path, image, "--socket", "nbd")
+    try:
+        os.truncate(image, 1 << 20)
+        refused(1, "read", "backup", "vm", "/dev/shm/fastcbw-test-never", "--qmp", "nbd.qmp")
+    finally:
+        served.process.kill()
+        served.wait()
+        for left in ("/dev/shm/fastcbw-test-never", "/dev/shm/fastcbw-test-never.incomplete"):
+            if os.path.exists(left):
+                os.unlink(left)
+
+
+def test_a_busy_socket(refused, served, image, tmp_path):
+    shutil.copy(image, tmp_path / "b.img")
+    refused(1, "nbd: a server is already listening", "serve", "b.img", "--socket", "nbd")
+    refused(1, "nbd.qmp: a server is already listening", "serve", "b.img", "--socket", "s", "--qmp", "nbd.qmp")
+
+
+def test_a_socket_path_that_is_a_file(refused, image):
+    refused(1, "vm.img", "serve", "vm.img", "--socket", "vm.img")
+
+
+@pytest.mark.parametrize("size", ["5Q", "-1", "1.5", "", "0x10", "1.3K", "9999999P"])
+def test_a_wrong_size(refused, image, size):
+    refused(2, "--ram", "serve", "vm.img", "--socket", "s", "--snapshot", "s", f"--ram={size}")
+
+
+@pytest.mark.parametrize("size", ["3000", "12K", "0", "2K", "2M"])
+def test_a_cluster_size_that_is_no_power_of_two_or_out_of_bounds(refused, served, image, size):
+    refused(2, "cluster-size", "serve", "b.img", "--socket", "s", "--snapshot", "s", "--cluster-size", size)
+    refused(2, "cluster-size", "snapshot", "create", "--qmp", "nbd.qmp", "--name", "s", "--cluster-size", size, "vm")
+
+
+def test_a_cluster_size_other_than_the_living_snapshots(refused, run, served):
+    assert run("snapshot", "create", "--qmp", "nbd.qmp", "--name", "s", "--cluster-size", "64K", "vm").returncode == 0
+    refused(1, "cluster", "snapshot", "create", "--qmp", "nbd.qmp", "--name", "t", "--cluster-size", "4K", "vm")
+
+
+def test_an_unknown_disk_and_an_unknown_snapshot(refused, served):
+    refused(1, "snapshot vm@no: not found", "backup", "vm@no", "out.img", "--qmp", "nbd.qmp")
+    refused(1, "snapshot vm@no: not found", "snapshot", "delete", "--qmp", "nbd.qmp", "--name", "no", "vm")
+    refused(1, "disk 'no': not found", "snapshot", "create", "--qmp", "nbd.qmp", "--name", "s", "no")
+    refused(1, "disk 'no': not found", "backup", "no@s", "out.img", "--qmp", "nbd.qmp")
+
+
+def test_a_snapshot_that_exists(refused, run, served):
+    assert run("snapshot", "create", "--qmp", "nbd.qmp", "--name", "s", "vm").returncode == 0
+    refused(1, "vm@s: exists", "snapshot", "create", "--qmp", "nbd.qmp", "--name", "s", "vm")
+
+
+@pytest.mark.parametrize("name", ["a@b", "a/b", "a=b", ""])
+def test_a_snapshot_name_that_is_none(refused, served, image, name):
+    refused(1, "snapshot name", "snapshot", "create", "--qmp", "nbd.qmp", "--name", name, "vm")
+
+
+def test_a_target_that_is_the_source(refused, served, image, tmp_path):
+    os.symlink("vm.img", tmp_path / "link.img")
+    os.link(tmp_path / "vm.img", tmp_path / "hard.img")
+    for target in ("vm.img", "link.img", "hard.img"):
+        refused(1, "source itself", "backup", "vm", target, "--force", "--qmp", "nbd.qmp")
+
+
+def test_a_target_that_is_the_source_image(refused, image):
+    refused(2, "source itself", "backup", "./vm.img", "vm.img", "--force")
+
+
+def test_a_target_that_exists(refused, image, tmp_path):
+    (tmp_path / "out.img").write_text("precious")
+    refused(1, "out.img: exists (--force", "backup", "./vm.img", "out.img")
+
+
+def test_a_target_that_somebody_uses(refused, serve, image, tmp_path):
+    shutil.copy(image, tmp_path / "b.img")
+    serve("b.img", "--socket", "nbd")
+    refused(1, "b.img", "backup", "./vm.img", "b.img", "--force")
+
+
+def test_a_target_in_a_folder_that_is_not_there(refused, image):
+    refused(1, "gone/out.img", "backup", "./vm.img", "gone/out.img")
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (("serve", "vm.img"), "--socket"),
+    (("serve", "--socket", "s"), "no image"),
+    (("serve", "vm.img", "--socket", "s", "--ram", "1M"), "--ram: an option of --snapshot"),
+    (("serve", "vm.img", "--socket", "s", "--format", "qcow2"), "--format: 'qcow2' is not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--direct"), "--direct: not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--config", "f"), "--config: not built yet"),
+    (("serve", "nbd://localhost", "--socket", "s"), "NBD URIs"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--on-full", "wait"), "--on-full: 'wait' is not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--copy-on-read"), "--copy-on-read: not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--durability", "power"), "--durability: 'power' is not built"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--export", "discard"), "--export: 'discard' is not built"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--bitmap", "b"), "--bitmap: not built yet"),
+    (("backup", "./vm.img", "o", "--rate", "1M"), "--rate: not built yet"),
+    (("backup", "./vm.img", "o", "--guest-p99", "5"), "--guest-p99: not built yet"),
+    (("backup", "./vm.img", "o", "--consume"), "--consume: not built yet"),
+    (("backup", "./vm.img", "o", "--resume"), "--resume: not built yet"),
+    (("backup", "./vm.img", "o", "--order", "hot-first"), "--order: 'hot-first' is not built yet"),
+    (("backup", "./vm.img", "o", "--order", "ram-first,sequential"), "--order: 'ram-first,sequential' is not built yet"),
+    (("backup", "./vm.img", "o", "--order", "up"), "--order: 'up' is unknown"),
+    (("backup", "./vm.img", "o", "--workers", "0"), "--workers"),
+    (("backup", "./vm.img", "o.qcow2"), "qcow2 targets are not built yet"),
+    (("backup", "./vm.img", "o", "--format", "qcow2"), "--format: 'qcow2' is not built yet"),
+    (("backup", "./vm.img", "o", "--backing", "b"), "--backing: not built yet"),
+    (("backup", "./vm.img", "nbd://localhost"), "NBD URIs as TARGET"),
+    (("backup", "vm@s", "o"), "--qmp"),
+    (("status",), "FASTCBW_QMP"),
+    (("snapshot", "create", "--name", "s", "--qmp", "q"), "DISK"),
+    (("snapshot", "create", "vm", "--qmp", "q"), "--name"),
+    (("demo", "--size", "1M"), "--size"),
+    (("demo", "--seconds", "0"), "--seconds"),
+    (("bogus",), "bogus"), ((), "VERB"), (("status", "--bogus"), "--bogus"), (("serve", "--sock", "s"), "--sock"),
+])
+def test_wrong_usage_is_named(refused, image, arguments, text):
+    refused(2, text, *arguments)
+
+
+@pytest.mark.parametrize("verb", ["restore", "bitmap", "map", "top", "graph", "compare"])
+def test_a_verb_that_is_not_built(refused, verb):
+    refused(2, f"{verb}: not built yet", verb, "--json", "x")
+
+
+def test_a_daemon_that_is_not_there(refused):
+    refused(1, "nothing.qmp: no daemon answers", "status", "--qmp", "nothing.qmp")
+
+
+def test_a_qmp_socket_that_is_an_nbd_socket(refused, served):
+    refused(1, "nbd: does not speak QMP", "status", "--qmp", "nbd")
