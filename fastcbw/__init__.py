@@ -14,9 +14,10 @@ from fastcbw.errors import (
     NotInSnapshot,
     SnapshotBroken,
 )
+from fastcbw.qmp.remote import connect
 from fastcbw.version import __version__
 
 __all__ = [
     "BlockDevice", "ClusterBitmap", "Device", "Disk", "Error", "FormatRefused", "ImageLocked", "JobCancelled",
-    "JobFailed", "LimitReached", "NotInSnapshot", "Snapshot", "SnapshotBroken", "__version__", "group", "open",
+    "JobFailed", "LimitReached", "NotInSnapshot", "Snapshot", "SnapshotBroken", "__version__", "connect", "group", "open",
 ]

@@ -56,7 +56,7 @@ class Daemon:
                 self._export_disk(disk)
                 for snapshot in disk.snapshots.values():
                     self._export_snapshot(snapshot)
-            self.nbd._listen(listener)  # last: a client that waits already finds every export
+            self.nbd.listen(listener)  # last: a client that waits already finds every export
 
     def listen_qmp(self, path: str, schema=None) -> None:
         """Serve SCHEMA (default: all commands) on a unix socket path."""

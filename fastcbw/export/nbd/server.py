@@ -175,7 +175,7 @@ class Server:
             if socket_path is not None:
                 self.listen_unix(socket_path)
             if listener is not None:
-                self._listen(listener if isinstance(listener, listen.Listener) else listen.adopt(listener))
+                self.listen(listener if isinstance(listener, listen.Listener) else listen.adopt(listener))
         except BaseException:
             self.close()
             raise
@@ -184,13 +184,14 @@ class Server:
 
     def listen_unix(self, path: str | os.PathLike) -> str:
         """Listen on one more unix socket; return its path."""
-        return self._listen(listen.listen_unix(path))
+        return self.listen(listen.listen_unix(path))
 
     def listen_tcp(self, port: int = 0, host: str = "127.0.0.1") -> str:
         """Listen on a TCP port (0: a free one); return host:port. Whoever can connect can read and write."""
-        return self._listen(listen.listen_tcp(port, host))
+        return self.listen(listen.listen_tcp(port, host))
 
-    def _listen(self, listener: listen.Listener) -> str:
+    def listen(self, listener: listen.Listener) -> str:
+        """Accept clients on LISTENER, which is the server's from now on; return its address."""
         listener.sock.setblocking(False)
         with self._lock:
             if self._closing:

@@ -8,7 +8,6 @@ import struct
 import pytest
 
 import fastcbw
-
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.export.nbd import constants as c
