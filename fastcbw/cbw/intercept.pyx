@@ -13,8 +13,10 @@ deadline: at the deadline the snapshots that ask for the copy are broken and the
 
 Memory ordering. The marks are seq_cst and come before the loads of `settled`, also seq_cst: dropping a cluster clears
 `settled`, then loads the marks, so that not both miss. The word is published with release before `settled` is set
-with seq_cst, and a seq_cst fence stands between all that and the write to the disk: a reader that reads the disk,
-fences, and finds no word has read old data, because no write can have begun.
+with seq_cst. Between that and the write to the disk stands a release fence, since a system call is no fence by
+contract; the reader's data comes from the disk before an acquire fence, its look-up after. That is message passing (word,
+then data; data, then word), not store-then-load: a release fence and an acquire fence make it right in C11, and so does
+what x86-64 does by itself. Who finds new data on the disk, therefore, finds the word; who finds no word has read old data.
 """
 
 from libc.errno cimport EAGAIN, ETIMEDOUT
@@ -30,8 +32,8 @@ from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Line, Snap,
 from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_take
 from fastcbw.cbw.worker cimport (Copy, CopyItem, ROUND_BYTES, ROUND_CLUSTERS, ROUND_WORDS, copy_give_back, copy_in_pool,
                                  copy_read)
-from fastcbw.kernels.atomic cimport add_relaxed, add_seq, fence_seq, load_relaxed, load_seq, or_seq, store_relaxed, store_release
-from fastcbw.kernels.bits cimport bits_all_seq, bits_claim_atomic, bits_mark_seq
+from fastcbw.kernels.atomic cimport add_relaxed, fence_release, load_relaxed, load_seq, or_seq, store_relaxed, store_release
+from fastcbw.kernels.bits cimport bits_claim_atomic
 from fastcbw.sync cimport now_ns, sleep_ns
 
 cdef extern from "check.h" nogil:
@@ -115,28 +117,20 @@ cdef class FilterDevice(BlockDevice):
 
 
 cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
-    cdef Epoch *epoch
-    cdef int64_t first, end
+    cdef Geometry *geometry
     cdef int64_t started_ns = 0         # of the first wait or copy; each limit counts from here
-    while True:
-        ticket[0] = enter_guest(state, offset, length)
-        epoch = ticket.epoch
-        if epoch.geometry == NULL:
-            break
-        first = offset >> epoch.geometry.cluster_bits
-        end = cluster_end(epoch.geometry, offset, length)
-        bits_mark_seq(epoch.changed, first, end - first)
-        if bits_all_seq(epoch.settled, first, end - first):
-            break
+    while not enter_guest(state, offset, length, ticket):
         if started_ns == 0:
             started_ns = now_ns()
-        if preserve(state, ticket, first, end, started_ns) == GO_ON:
+        geometry = ticket.epoch.geometry
+        if preserve(state, ticket, offset >> geometry.cluster_bits, cluster_end(geometry, offset, length), started_ns) == GO_ON:
             break
     if started_ns:
         count_touch(ticket.line, started_ns)
-    add_relaxed(&ticket.line.writes, 1)
-    add_relaxed(&ticket.line.bytes, <uint64_t>length)
-    fence_seq()
+    # The thread's own counters: a load and a store, no locked instruction. Line 0, which is shared, may lose some.
+    store_relaxed(&ticket.line.writes, load_relaxed(&ticket.line.writes) + 1)
+    store_relaxed(&ticket.line.bytes, load_relaxed(&ticket.line.bytes) + <uint64_t>length)
+    fence_release()
 
 
 cdef inline void count_touch(Line *line, int64_t started_ns) noexcept nogil:

@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.locmap cimport LocationMap
 from fastcbw.cbw.store cimport Store
+from fastcbw.kernels.atomic cimport sub_seq
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
@@ -77,7 +78,7 @@ cdef struct Line:
     uint64_t begin              # bytes: the range of the guest write that is counted; set before it is counted (atomic)
     uint64_t end
     uint64_t pad[2]
-    uint64_t writes             # guest writes, zeroes and discards (atomic counters, relaxed)
+    uint64_t writes             # guest writes, zeroes and discards (counters of the thread: relaxed loads and stores)
     uint64_t bytes
     uint64_t touches            # of these, with something to preserve
     uint64_t waits              # waited for a claim or a slow device
@@ -104,8 +105,12 @@ cdef class EngineState:
     cdef PyObject *pool         # the same, for C; NULL before the first snapshot
 
 cdef Ticket enter(EngineState state) noexcept nogil
-cdef Ticket enter_guest(EngineState state, int64_t offset, int64_t length) noexcept nogil
-cdef void leave(Ticket ticket) noexcept nogil
+# Counts a guest write in, marks it, tests whether all of it is settled: then, or without a snapshot, True: it may go to the disk.
+cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil
+
+cdef inline void leave(Ticket ticket) noexcept nogil:
+    sub_seq(&ticket.line.inflight[ticket.index], 1)
+
 cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil      # R3
 cdef Epoch *next_epoch(EngineState state) noexcept nogil            # a copy of the present one, to be changed and flipped in
 cdef int flip(EngineState state) noexcept nogil                     # the index to drain
@@ -127,7 +132,10 @@ cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil
 cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil
 cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int64_t offset) noexcept nogil
 cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
-cdef int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil
+
+cdef inline int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil:
+    # One past the last cluster that the range touches.
+    return (offset + length + ((<int64_t>1) << geometry.cluster_bits) - 1) >> geometry.cluster_bits
 
 cdef inline int64_t bitmap_bytes(int64_t bits) noexcept nogil:
     return (bits + 63) // 64 * 8

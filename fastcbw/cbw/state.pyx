@@ -24,8 +24,8 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
 from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
-                                     load_seq, or_acquire, or_release, store_relaxed, store_seq, sub_seq)
-from fastcbw.kernels.bits cimport bits_any
+                                     load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
+from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq
 from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
 
@@ -90,21 +90,37 @@ cdef Ticket enter(EngineState state) noexcept nogil:
     return count_in(state, &state.lines[thread_slot()], False)
 
 
-cdef Ticket enter_guest(EngineState state, int64_t offset, int64_t length) noexcept nogil:
-    """As enter, for a guest write to that range of bytes; waits while a group of disks is being flipped."""
+cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+    """As enter, for a guest write to that range of bytes; waits while a group of disks is being flipped.
+
+    Then marks `changed` and tests `settled`, marks first, all seq_cst (section 8, write and drop). This is the whole of the
+    settled path but for leave(): one counter, a few loads. No lock, no allocation, no call for a write within one bitmap word.
+    """
     cdef int slot = thread_slot()
     cdef Line *line = &state.lines[slot]
+    cdef Epoch *epoch
+    cdef int64_t first, count, w
+    cdef uint64_t mask
     if slot == 0:       # shared by many: its range says nothing, so it stands for the whole disk
         store_relaxed(&line.begin, 0)
         store_relaxed(&line.end, <uint64_t>-1)
     else:
         store_relaxed(&line.begin, <uint64_t>offset)
         store_relaxed(&line.end, <uint64_t>(offset + length))
-    return count_in(state, line, True)
-
-
-cdef void leave(Ticket ticket) noexcept nogil:
-    sub_seq(&ticket.line.inflight[ticket.index], 1)
+    ticket[0] = count_in(state, line, True)
+    epoch = ticket.epoch
+    if epoch.geometry == NULL:
+        return True
+    first = offset >> epoch.geometry.cluster_bits
+    count = cluster_end(epoch.geometry, offset, length) - first
+    if (first & 63) + count > 64:
+        bits_mark_seq(epoch.changed, first, count)
+        return bits_all_seq(epoch.settled, first, count)
+    w = first >> 6
+    mask = (~(<uint64_t>0) >> (64 - count)) << (first & 63)
+    if (load_seq(epoch.changed + w) & mask) != mask:
+        or_seq(epoch.changed + w, mask)
+    return (load_seq(epoch.settled + w) & mask) == mask
 
 
 cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil:
@@ -184,11 +200,6 @@ cdef void geometry_unref(Geometry *geometry) noexcept nogil:
         pthread_mutex_destroy(&geometry.mutex[i])
         pthread_cond_destroy(&geometry.cond[i])
     free(geometry)
-
-
-cdef int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil:
-    """One past the last cluster that the range touches."""
-    return (offset + length + ((<int64_t>1) << geometry.cluster_bits) - 1) >> geometry.cluster_bits
 
 
 cdef inline int stripe_of(int64_t cluster) noexcept nogil:
