@@ -18,3 +18,4 @@ cdef extern from "sync.h" nogil:
     int cond_wait_until "fcbw_cond_wait_until"(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t deadline_ns) noexcept
     int64_t now_ns "fcbw_now_ns"() noexcept
     void sleep_ns "fcbw_sleep_ns"(int64_t ns) noexcept
+    int run_in_background "fcbw_run_in_background"() noexcept

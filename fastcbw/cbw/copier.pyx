@@ -23,7 +23,7 @@ from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_seq
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
 from fastcbw.kernels.bytes cimport is_zero
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background
 
 ORDERS = ("sequential", "ram-first")
 
@@ -91,12 +91,17 @@ cdef class Copier:
 
     # -- workers
 
-    def run(self):
-        """Work until everything is handed out, an error, or cancel(). For threads of its own; holds no interpreter lock."""
+    def run(self, bint in_background=False):
+        """Work until everything is handed out, an error, or cancel(). For threads of its own; holds no interpreter lock.
+
+        in_background: the calling thread gives way to any other from here on, and keeps doing so after the return.
+        """
         cdef Piece piece
         cdef char *buffer
         cdef char *other = NULL
         with nogil:
+            if in_background:
+                run_in_background()
             buffer = <char *>map_pages(self.chunk)
             if self.comparing:
                 other = <char *>map_pages(self.chunk)

@@ -100,10 +100,10 @@ class BackupJob(Job):
                        "verified": self.verify, "seconds": self.elapsed()}
 
     def _work(self, copier: Copier, what: str) -> None:
-        threads = [threading.Thread(target=copier.run, name=f"fastcbw-{self.id}-{i}", daemon=True) for i in range(1, self.workers)]
+        threads = [threading.Thread(target=copier.run, args=(True,), name=f"fastcbw-{self.id}-{i}", daemon=True)
+                   for i in range(self.workers)]
         for thread in threads:
             thread.start()
-        copier.run()
         for thread in threads:
             thread.join()
         if copier.error is not None:
