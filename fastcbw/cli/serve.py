@@ -10,6 +10,7 @@ import sys
 
 from fastcbw.cli.common import UsageError, add_options, check_options, is_nbd_uri, refuse_unbuilt
 from fastcbw.export.nbd.listen import inherited
+from fastcbw.export.nbd.server import parse_spin
 from fastcbw.qmp.options import SNAPSHOT_OPTIONS
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -27,6 +28,8 @@ def add_parser(verbs) -> None:
     parser.add_argument("--no-lock", action="store_true", help="open the images without QEMU's byte locks")
     parser.add_argument("--read-only", action="store_true", help="open the images read-only")
     parser.add_argument("--direct", action="store_true", help="open the images O_DIRECT (not built yet)")
+    parser.add_argument("--spin", metavar="MODE", default="off",
+                        help="busy-polling of guest sockets: off (default), adaptive, or microseconds; costs processor time")
     parser.add_argument("--config", metavar="FILE", help="disks and nodes from a file (not built yet)")
     parser.add_argument("--snapshot", metavar="SNAP", help="take this snapshot of all disks before 'ready'")
     add_options(parser, SNAPSHOT_OPTIONS, "options of --snapshot")
@@ -52,6 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
     if options and arguments.snapshot is None:
         raise UsageError(f"--{next(iter(options)).replace('_', '-')}: an option of --snapshot, which is not given")
+    try:
+        parse_spin(arguments.spin)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
     images = [split_image(text) for text in arguments.images]
     passed = _passed_socket()
     if arguments.socket is None and passed is None:
@@ -74,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
                                       lock=not arguments.no_lock))
         if arguments.snapshot is not None:
             daemon.create_snapshot(arguments.snapshot, list(daemon.disks), **options)
-        daemon.listen_nbd(arguments.socket if passed is None else passed)
+        daemon.listen_nbd(arguments.socket if passed is None else passed, spin=arguments.spin)
         if qmp is not None:
             daemon.listen_qmp(qmp)
         # With a passed socket stdout is the output of who started us (nbdinfo, nbdcopy): not ours to write to.

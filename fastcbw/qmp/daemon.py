@@ -44,14 +44,14 @@ class Daemon:
 
     # -- listening
 
-    def listen_nbd(self, where: str | Listener) -> None:
-        """Serve all exports on a unix socket path, or on a listener that the caller passes on."""
+    def listen_nbd(self, where: str | Listener, *, spin: str | int = "off") -> None:
+        """Serve all exports on a unix socket path, or on a listener that the caller passes on. spin: see Server."""
         with self._change:
             if self.nbd is not None:
                 raise Error("the NBD server is running already")
             listener = where if isinstance(where, Listener) else listen_unix(where)
             self._uri_base = _uri_base(listener)
-            self.nbd = Server()
+            self.nbd = Server(spin=spin)
             for disk in self.disks.values():
                 self._export_disk(disk)
                 for snapshot in disk.snapshots.values():

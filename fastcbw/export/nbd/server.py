@@ -37,6 +37,8 @@ from fastcbw.export.nbd.transmission import COUNTERS, Connection
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 64
+SPIN_ADAPTIVE_US = 50
+SPIN_US_MAX = 1000
 #: close() and remove_export(force=True): how long clients may take to receive their last replies, and how long the device
 #: may take to finish requests after that.
 GRACE_SECONDS = 2.0
@@ -132,8 +134,8 @@ class Server:
     listener: an already listening socket to take over (a socket.socket or a Listener), as passed by LISTEN_FDS.
     pool: the BufferPool of all connections; default 64 MiB with 32 MiB of it for guests only.
     connections_max: clients at one time; one more is closed at once, with a warning in the log.
-    spin_us: how long a connection polls its socket before it sleeps (0: not). Each waiting connection burns a core for
-        that long after every batch.
+    spin: busy-polling of a guest's socket before its thread sleeps: "off", a number of microseconds (1 to 1000), or
+        "adaptive" (up to 50 us, where it has paid lately). A waiting connection burns a core for that long after every batch.
     Methods are safe from any thread. Devices belong to the caller, who closes them after the server.
     """
 
@@ -145,16 +147,14 @@ class Server:
         pool: BufferPool | None = None,
         connections_max: int = CONNECTIONS_MAX,
         handshake_seconds: float = DEADLINE_SECONDS,
-        spin_us: int = 0,
+        spin: str | int = "off",
     ):
         if connections_max < 1:
             raise ValueError(f"connections_max: {connections_max} is less than 1")
-        if spin_us < 0:
-            raise ValueError(f"spin_us: {spin_us} is negative")
         self.pool = pool or BufferPool()
         self.connections_max = connections_max
         self._handshake_seconds = handshake_seconds
-        self._spin_us = spin_us
+        self._spin_us, self._spin_adaptive = parse_spin(spin)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)     # a client has left
         self._exports: dict[str, Export] = {}
@@ -421,7 +421,8 @@ class Server:
             threading.current_thread().name = f"nbd-{export.name}"
             connection = Connection(
                 client.sock.fileno(), export.device, self.pool, export.name, structured=agreed.structured,
-                contexts=agreed.contexts, read_only=export.read_only, background=export.background, spin_us=self._spin_us)
+                contexts=agreed.contexts, read_only=export.read_only, background=export.background, spin_us=self._spin_us,
+                spin_adaptive=self._spin_adaptive)
             with self._lock:
                 client.connection = connection
                 stopping = client.stopping
@@ -502,6 +503,17 @@ class Server:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+def parse_spin(spin: str | int) -> tuple[int, bool]:
+    """Return (microseconds, adaptive) of "off", "adaptive" or a number; ValueError names what is neither."""
+    if spin == "off":
+        return 0, False
+    if spin == "adaptive":
+        return SPIN_ADAPTIVE_US, True
+    if not str(spin).isascii() or not str(spin).isdigit() or not 0 <= int(spin) <= SPIN_US_MAX:
+        raise ValueError(f"spin: {spin!r} is neither off nor adaptive nor microseconds from 1 to {SPIN_US_MAX}")
+    return int(spin), False
 
 
 def _peer(sock: socket.socket, address) -> str:

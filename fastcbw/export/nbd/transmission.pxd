@@ -59,7 +59,9 @@ cdef class Connection:
     cdef Replies replies
     cdef bint read_only
     cdef bint background            # class in the pool
-    cdef int64_t spin_ns
+    cdef int64_t spin_max_ns        # bound of busy-polling, 0: none
+    cdef int64_t spin_ns            # how long the next wait is polled: the bound, or less when adaptive
+    cdef bint spin_adaptive
     cdef bytes export_name          # kept for `name`
     cdef const char *name           # of the export, for messages
     cdef tuple contexts             # keeps the MetaContexts alive
@@ -88,6 +90,7 @@ cdef class Connection:
     cdef void serve(self) noexcept nogil
     cdef void serve_buffered(self) noexcept nogil
     cdef void receive(self) noexcept nogil
+    cdef void learn_from(self, int64_t idle_ns) noexcept nogil
     cdef bint begin_write(self, const Request *request) noexcept nogil
     cdef bint continue_write(self) noexcept nogil
     cdef void dispatch(self, const Request *request) noexcept nogil

@@ -90,19 +90,24 @@ cdef class Connection:
 
     device: what is served. pool: the server's BufferPool. name: of the export, for error texts.
     structured: structured replies were negotiated. contexts: pairs (id, MetaContext), as negotiated.
-    background: class of the export in the pool. spin_us: how long to poll the socket before sleeping, 0 = not.
+    background: class of the export in the pool. spin_us: how long to poll the socket before sleeping, 0 = not;
+    spin_adaptive: only where that has paid lately. Background exports never poll.
     run() is called by one thread, once; everything else from any thread.
     """
 
     def __cinit__(self, int fd, BlockDevice device not None, BufferPool pool not None, str name, *, bint structured=False,
-                  contexts=(), bint read_only=False, bint background=False, int spin_us=0):
+                  contexts=(), bint read_only=False, bint background=False, int spin_us=0,
+                  bint spin_adaptive=False):
         cdef int i
         self.fd = fd
         self.device = device
         self.pool = pool
         self.read_only = read_only or device.read_only
         self.background = background
-        self.spin_ns = <int64_t>spin_us * 1000
+        # Guest first: who reads a snapshot sleeps, and leaves the processor to others.
+        self.spin_max_ns = 0 if background else <int64_t>spin_us * 1000
+        self.spin_ns = self.spin_max_ns
+        self.spin_adaptive = spin_adaptive
         self.export_name = name.encode(errors="replace")[:200]
         self.name = self.export_name
         self.contexts = tuple(contexts)
@@ -207,7 +212,7 @@ cdef class Connection:
     cdef void receive(self) noexcept nogil:
         """Receive at least one byte, up to what the buffer is meant to hold."""
         cdef int64_t have = self.end - self.start
-        cdef int64_t limit, until
+        cdef int64_t limit, until, idle_since = 0
         cdef ssize_t got
         if have == 0:
             self.start = self.end = 0
@@ -220,14 +225,17 @@ cdef class Connection:
         else:
             limit = self.need - have        # exactly the request under way, in place: the buffer is empty after it
         got = recv(self.fd, self.buffer + self.end, <size_t>limit, MSG_DONTWAIT)
-        if got < 0 and errno == EAGAIN and self.spin_ns:
-            until = now_ns() + self.spin_ns
+        if got < 0 and errno == EAGAIN and self.spin_max_ns:
+            idle_since = now_ns()
+            until = idle_since + self.spin_ns
             while got < 0 and errno == EAGAIN and now_ns() < until:
                 got = recv(self.fd, self.buffer + self.end, <size_t>limit, MSG_DONTWAIT)
         while got < 0 and (errno == EAGAIN or errno == EINTR):
             if load32_acquire(&self.stopping):
                 break
             got = recv(self.fd, self.buffer + self.end, <size_t>limit, 0)
+        if idle_since and self.spin_adaptive:
+            self.learn_from(now_ns() - idle_since)
         if load32_acquire(&self.stopping):
             self.ending = STOPPED
         elif got < 0:
@@ -238,6 +246,14 @@ cdef class Connection:
         else:
             self.end += got
             count(&self.counters[RECEIVES], 1)
+
+    cdef void learn_from(self, int64_t idle_ns) noexcept nogil:
+        """Adaptive polling: poll in full after a wait that polling could have covered, half as long after each that was longer.
+
+        A busy client thus gets the fixed bound, and one that went quiet costs at most twice the bound before the
+        thread sleeps at once; the sleeping wait is measured as well, so that a client that comes back is noticed.
+        """
+        self.spin_ns = self.spin_max_ns if idle_ns <= self.spin_max_ns else self.spin_ns // 2
 
     # -- writes
 

@@ -18,7 +18,7 @@ from fastcbw.block.python import Device, PythonDevice
 from fastcbw.errors import Error
 from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client, NbdError
-from fastcbw.export.nbd.server import Server
+from fastcbw.export.nbd.server import Server, parse_spin
 
 MIB = 1 << 20
 
@@ -404,3 +404,24 @@ def test_importing_starts_no_thread():
     code = "import threading, fastcbw.export.nbd.server, fastcbw.export.nbd.client; print(threading.active_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("spin, expected", [("off", (0, False)), (20, (20, False)), ("20", (20, False)), ("adaptive", (50, True))])
+def test_spin_is_off_adaptive_or_microseconds(spin, expected):
+    assert parse_spin(spin) == expected
+
+
+@pytest.mark.parametrize("spin", ["on", -1, 1001, "1.5", ""])
+def test_a_spin_that_is_none_of_these_is_refused_by_name(spin):
+    with pytest.raises(ValueError, match="spin: .* is neither off nor adaptive nor microseconds"):
+        parse_spin(spin)
+
+
+@pytest.mark.parametrize("spin", [50, "adaptive"])
+def test_a_server_that_polls_answers_like_one_that_does_not(tmp_path, spin):
+    with Server(tmp_path / "s", spin=spin) as server, MemoryDevice("1M") as disk:
+        server.add_export("disk", disk)
+        with Client(tmp_path / "s", "disk") as client:
+            for i in range(200):
+                client.write(i * 512, bytes([i]) * 512)
+            assert client.read(0, 200 * 512) == b"".join(bytes([i]) * 512 for i in range(200))
