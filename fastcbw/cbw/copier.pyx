@@ -231,6 +231,9 @@ cdef class Copier:
         cdef int64_t best_count = 0
         cdef Ticket ticket = enter(self.snapshot.state)
         cdef int i
+        if ticket.epoch.geometry != self.snapshot.snap.geometry:
+            leave(ticket)       # the snapshot has ended, and another cluster size begun
+            return False
         for i in range(ticket.epoch.chain_count):
             count = bits_next_run((<Snap *>ticket.epoch.chain[i]).ram, self.ram_next, best, &first)
             if count and first < best:
