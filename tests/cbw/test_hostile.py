@@ -29,7 +29,7 @@ def test_handed_over_data_never_hides_older_data_of_a_snapshot_that_broke_meanwh
     engine = Engine(disk)
     guest = engine.device
     guest.write(0, b"0" * K)
-    guest.write(8 * K, b"x" * K)
+    guest.write(8 * K, b"x" * 24 * K)
     first = engine.snapshot("s1", ram="1M")
     engine.snapshot("s2", ram=K)
     guest.write(0, b"1" * K)                    # b"0" is kept in s2, for s1 too; s2's only slot is taken
@@ -40,11 +40,13 @@ def test_handed_over_data_never_hides_older_data_of_a_snapshot_that_broke_meanwh
         gate.wait_arrived()
         deletion = in_thread(engine.delete, "s3")
         wait_until(lambda: "s3" not in engine.snapshots)
-        wait_until(lambda: not guest.write(8 * K, b"y" * K) and engine.snapshots["s2"].broken)      # full: s2 is given up
+        clusters = iter(range(8, 32))
+        # Once s3 is out of `need`, a cluster more is one too many for s2, and it is given up.
+        wait_until(lambda: not guest.write(next(clusters) * K, b"y" * K) and engine.snapshots["s2"].broken)
     deletion.join(10)
     held.join(10)
     assert first.read(0, K) == b"0" * K
-    assert first.read(8 * K, K) == b"x" * K
+    assert first.read(8 * K, 24 * K) == b"x" * 24 * K
     engine.close()
 
 
