@@ -151,7 +151,7 @@ cdef class Copier:
     cdef int compare_piece(self, const Piece *piece, char *buffer, char *other) noexcept nogil:
         cdef int64_t offset = piece.offset
         cdef int64_t end = piece.offset + piece.length
-        cdef int64_t step
+        cdef int64_t step, half
         cdef uint32_t flags
         cdef int code
         cdef bint same
@@ -177,12 +177,15 @@ cdef class Copier:
                 return code
             same = is_zero(other, step) if piece.zero else memcmp(buffer, other, <size_t>step) == 0
             if not same:
-                while step > 1 and (is_zero(other, step // 2) if piece.zero else memcmp(buffer, other, <size_t>(step // 2)) == 0):
-                    # narrow down to the first difference: skip the half that is the same
-                    offset += step // 2
-                    other += step // 2
-                    buffer += step // 2
-                    step -= step // 2
+                while step > 1:     # narrow down to the first difference
+                    half = step // 2
+                    if is_zero(other, half) if piece.zero else memcmp(buffer, other, <size_t>half) == 0:
+                        offset += half
+                        other += half
+                        buffer += half
+                        step -= half
+                    else:
+                        step = half
                 self.note_error(DIFFERS, DOING_COMPARE, offset, 1)
                 return -EIO
             add_seq(&self.data_bytes, <uint64_t>step)
