@@ -58,7 +58,7 @@ cdef class Engine:
     cdef object control                 # begins and ends one at a time
     cdef object threads
     cdef object pool
-    cdef int wake                       # eventfd: something broke, or close
+    cdef int wake                       # eventfd: something broke, or close; 0: none
     cdef dict logs                      # store index: device of the disk tier that we opened
     cdef uint64_t next_id
     cdef bint closed
@@ -337,6 +337,10 @@ cdef class Engine:
         with self.control:
             self.sweep()        # what copies that hung have kept until now
             self.device.engine = None
+            if self.wake > 0:
+                self.state.broken_fd = -1
+                os.close(self.wake)
+                self.wake = 0
 
 
 def is_spill_in_use(device):
