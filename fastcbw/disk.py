@@ -184,6 +184,8 @@ class Snapshot:
         Keywords: order="sequential" or "ram-first", workers=4, in_flight="2M", verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
+        if target is self.device or target is self.disk.device or target is self.disk._child:
+            raise ValueError(f"target {target.name}: is the source itself (name another device)")
         self.hold()
         try:
             job = BackupJob(self.device, target, sources=self.disk.sources, on_release=self.release, **options)
@@ -216,7 +218,7 @@ class Snapshot:
     def close(self) -> None:
         """Delete the snapshot. Error while exports with clients, or jobs, hold it. Closing twice is no error."""
         with self._lock:
-            if self._closed:
+            if self._closed or self.disk._closed:
                 return
             if self._holds:
                 raise Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients")
@@ -317,5 +319,10 @@ def _close_all() -> None:
 
 
 def _refuse_all() -> None:
+    # Threads, jobs, clients and sockets are the parent's: the child must neither wait for them nor end them.
     for disk in _disks():
         disk._engine.mark_forked()
+        disk._lock = threading.RLock()      # whoever holds the old one is in the parent
+        disk._closed = True
+        if disk._server is not None:
+            atexit.unregister(disk._server.close)       # it would remove the parent's socket and cut its clients
