@@ -184,6 +184,8 @@ class Snapshot:
         Keywords: order="sequential" or "ram-first", workers=4, in_flight="2M", verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
+        if target is self.device or target is self.disk.device or target is self.disk._child:
+            raise ValueError(f"target {target.name}: is the source itself (name another device)")
         self.hold()
         try:
             job = BackupJob(self.device, target, sources=self.disk.sources, on_release=self.release, **options)
@@ -221,7 +223,7 @@ class Snapshot:
             server.remove_export(f"{self.disk.name}@{self.name}")
             self._exported_by = None
         with self._lock:
-            if self._closed:
+            if self._closed or self.disk._closed:
                 return
             held, self._closed = self._holds, not self._holds
         if held:
@@ -322,5 +324,10 @@ def _close_all() -> None:
 
 
 def _refuse_all() -> None:
+    # Threads, jobs, clients and sockets are the parent's: the child must neither wait for them nor end them.
     for disk in _disks():
         disk._engine.mark_forked()
+        disk._lock = threading.RLock()      # whoever holds the old one is in the parent
+        disk._closed = True
+        if disk._server is not None:
+            atexit.unregister(disk._server.close)       # it would remove the parent's socket and cut its clients

@@ -168,7 +168,7 @@ cdef class Copier:
     cdef int compare_piece(self, const Piece *piece, char *buffer, char *other) noexcept nogil:
         cdef int64_t offset = piece.offset
         cdef int64_t end = piece.offset + piece.length
-        cdef int64_t step
+        cdef int64_t step, half
         cdef uint32_t flags
         cdef int code
         cdef bint same
@@ -194,12 +194,15 @@ cdef class Copier:
                 return code
             same = is_zero(other, step) if piece.zero else memcmp(buffer, other, <size_t>step) == 0
             if not same:
-                while step > 1 and (is_zero(other, step // 2) if piece.zero else memcmp(buffer, other, <size_t>(step // 2)) == 0):
-                    # narrow down to the first difference: skip the half that is the same
-                    offset += step // 2
-                    other += step // 2
-                    buffer += step // 2
-                    step -= step // 2
+                while step > 1:     # narrow down to the first difference
+                    half = step // 2
+                    if is_zero(other, half) if piece.zero else memcmp(buffer, other, <size_t>half) == 0:
+                        offset += half
+                        other += half
+                        buffer += half
+                        step -= half
+                    else:
+                        step = half
                 self.note_error(DIFFERS, DOING_COMPARE, offset, 1)
                 return -EIO
             add_seq(&self.data_bytes, <uint64_t>step)
@@ -248,6 +251,9 @@ cdef class Copier:
         cdef int64_t best_count = 0
         cdef Ticket ticket = enter(self.snapshot.state)
         cdef int i
+        if ticket.epoch.geometry != self.snapshot.snap.geometry:
+            leave(ticket)       # the snapshot has ended, and another cluster size begun
+            return False
         for i in range(ticket.epoch.chain_count):
             count = next_ram_run(ticket.epoch.chain[i], self.ram_next, best, &first)
             if count:

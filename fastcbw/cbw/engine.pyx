@@ -14,16 +14,18 @@ import logging
 import os
 import select
 import threading
+import time
 import weakref
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
+from fastcbw.cbw.locmap cimport SLOTS_MAX
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport (ALIVE, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
                                 geometry_new, geometry_ref, geometry_unref, snap_break, snap_new, snap_unref)
-from fastcbw.cbw.store cimport Store, store_free, store_new
+from fastcbw.cbw.store cimport SEGMENT_HEADER, Store, store_free, store_new
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport load_relaxed, load_seq
 from fastcbw.kernels.bits cimport bits_count
@@ -36,6 +38,9 @@ _log = logging.getLogger("fastcbw.cbw")
 
 COPY_THREADS = 4
 JOIN_SECONDS = 10.0
+
+# Devices that callers gave as disk tier: id of the device -> weak reference to the engine whose logs may hold it.
+_spill_owners = {}
 
 
 cdef class Engine:
@@ -53,7 +58,7 @@ cdef class Engine:
     cdef object control                 # begins and ends one at a time
     cdef object threads
     cdef object pool
-    cdef int wake                       # eventfd: something broke, or close
+    cdef int wake                       # eventfd: something broke, or close; 0: none
     cdef dict logs                      # store index: device of the disk tier that we opened
     cdef uint64_t next_id
     cdef bint closed
@@ -65,7 +70,8 @@ cdef class Engine:
         self.snapshots = {}
         self.control = threading.RLock()
         self.threads = []
-        self.logs = {}
+        self.logs = self.state.logs = {}
+        self.device.engine = self
         self.next_id = 1
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.state.broken_fd = self.wake
@@ -73,6 +79,7 @@ cdef class Engine:
     def __del__(self):
         # Forgotten without close(): let the threads end; nobody is left who could wait for them.
         if self.pool is not None and not self.closed and not self.state.forked:
+            self.closed = True      # what the keeper looks at when it wakes up
             self.pool.stop()
             os.eventfd_write(self.wake, 1)
 
@@ -101,6 +108,15 @@ cdef class Engine:
                 raise Error(f"{self.device.name}: cluster_size {options.cluster_size} differs from the "
                             f"{1 << epoch.geometry.cluster_bits} of the live snapshots (it is fixed until they end)")
             bits = epoch.geometry.cluster_bits
+        # The options were checked against the cluster size they name; the live snapshots may have fixed a larger one.
+        if options.ram and not 1 <= options.ram >> bits <= SLOTS_MAX:
+            raise ValueError(f"ram: {options.ram} bytes are not between one cluster of {1 << bits} bytes and 2^26 of them")
+        if options.spill is not None and options.spill_limit < SEGMENT_HEADER + (1 << bits):
+            raise ValueError(f"spill_limit: {options.spill_limit} is less than a header and one cluster, {SEGMENT_HEADER + (1 << bits)} bytes")
+        if options.spill is self.device or options.spill is self.state.child:
+            raise ValueError(f"spill: {self.device.name}: is the disk itself (name another device, or a folder)")
+        if isinstance(options.spill, BlockDevice) and is_spill_in_use(options.spill):
+            raise Error(f"spill: {options.spill.name}: is the disk tier of another snapshot (each needs its own device; a folder is shared)")
         return bits
 
     cdef int prepare(self, str name, options, Creation *creation) except -1:
@@ -139,6 +155,8 @@ cdef class Engine:
         self.state.stores[index] = store
         if device is not None:
             self.logs[index] = (device, device is not options.spill)
+            if device is options.spill:
+                _spill_owners[id(device)] = weakref.ref(self)
         creation.state = <PyObject *>self.state
         creation.snap = snap
         return 0
@@ -165,6 +183,7 @@ cdef class Engine:
             snapshot = self.snapshots.pop(name)
             self.retire(snapshot, DELETED)
             snapshot.close()
+            snapshot.engine = None
 
     cdef int retire(self, SnapshotDevice snapshot, uint64_t why) except -1:
         """With the control lock held."""
@@ -223,6 +242,11 @@ cdef class Engine:
     def is_closed(self):
         """Whether close() has begun."""
         return self.closed
+
+    @property
+    def copies_abandoned(self):
+        """Copies whose guest write went on without them and whose device has not answered yet; they keep their room."""
+        return self.pool.abandoned if self.pool is not None else 0
 
     # -- reports
 
@@ -285,6 +309,7 @@ cdef class Engine:
     def mark_forked(self):
         """In the child of a fork: refuse everything from now on. The threads are the parent's."""
         self.state.forked = True
+        self.control = threading.RLock()        # whoever holds the old one is in the parent
         self.device.mark_closed()
         for snapshot in self.snapshots.values():
             (<SnapshotDevice>snapshot).mark_closed()
@@ -304,10 +329,26 @@ cdef class Engine:
         if self.threads:
             self.pool.stop()
             os.eventfd_write(self.wake, 1)
+            end = time.monotonic() + JOIN_SECONDS
             for thread in self.threads:
                 if thread is not threading.current_thread():
-                    thread.join(JOIN_SECONDS)
+                    thread.join(max(0.0, end - time.monotonic()))
             self.threads = []
+        with self.control:
+            self.sweep()        # what copies that hung have kept until now
+            self.device.engine = None
+            if self.wake > 0:
+                self.state.broken_fd = -1
+                os.close(self.wake)
+                self.wake = 0
+
+
+def is_spill_in_use(device):
+    """Whether a store of any engine keeps its log on DEVICE."""
+    cdef Engine engine
+    owner = _spill_owners.get(id(device))
+    engine = owner() if owner is not None else None
+    return engine is not None and any(log is device for log, _ in engine.logs.values())
 
 
 def _keep(engine_ref, wake):
@@ -353,6 +394,7 @@ def take_snapshots(engines, name, options):
         engine.control.acquire()
     try:
         for engine in engines:
+            engine.sweep()
             engine.cluster_bits_for(name, options)
         try:
             for engine in engines:
@@ -383,6 +425,7 @@ def take_snapshots(engines, name, options):
 cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
     cdef SnapshotDevice device = SnapshotDevice.__new__(SnapshotDevice)
     device.state = engine.state
+    device.engine = engine
     device.snap = snap
     device.cluster_bits = snap.geometry.cluster_bits
     device.length = engine.state.length

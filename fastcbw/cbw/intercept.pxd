@@ -7,6 +7,7 @@ from fastcbw.cbw.state cimport EngineState, Ticket
 cdef class FilterDevice(BlockDevice):
     cdef EngineState state
     cdef BlockDevice child
+    cdef object engine      # keeps the owner of what guest writes touch alive; None once it is closed
 
     cdef int mark_closed(self) except -1
 

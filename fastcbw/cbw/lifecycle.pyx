@@ -23,14 +23,13 @@ from fastcbw.cbw.state cimport (ALIVE, DELETED, EngineState, Epoch, Geometry, Sn
                                 claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_unref,
                                 summary_set)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
-from fastcbw.kernels.atomic cimport cas_seq, load_acquire, load_relaxed, load_seq, or_seq, store_release, store_seq
+from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, or_seq, store_release, store_seq
 from fastcbw.sync cimport now_ns
 
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
 
 cdef int64_t A_MINUTE_NS = 60000000000
-
 
 
 cdef void fill(EngineState state, Creation *creation) noexcept nogil:
@@ -166,17 +165,16 @@ cdef void hand_over_one(EngineState state, Snap *snap, int64_t cluster) noexcept
     ticket = enter(state)
     word = map_get(&snap.map, cluster)
     while word != WORD_NONE:
-        heir = next_older(ticket.epoch, snap, cluster)
+        heir = find_heir(ticket.epoch, snap, cluster)
         if heir != NULL:
             place = map_place(&heir.map, cluster)
             if place == NULL:
                 snap_break(state, heir, WHY_MEMORY, 0, cluster << geometry.cluster_bits)
                 continue        # it needs nothing any more; the one before it may
-            if load_acquire(place) == WORD_NONE:
-                store_release(place, word)                                      # R4: destination first
-                summary_set(heir, cluster, word)
-                store_release(map_place(&snap.map, cluster), WORD_NONE)
-                break
+            store_release(place, word)                                          # R4: destination first
+            summary_set(heir, cluster, word)
+            store_release(map_place(&snap.map, cluster), WORD_NONE)
+            break
         store_release(map_place(&snap.map, cluster), WORD_NONE)
         dropped = word
         break
@@ -187,11 +185,17 @@ cdef void hand_over_one(EngineState state, Snap *snap, int64_t cluster) noexcept
         store_drop(state.stores[word_store(dropped)], dropped)      # may give space back to a file system: not under the claim
 
 
-cdef Snap *next_older(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
-    """The newest snapshot older than SNAP that CLUSTER is kept for, or NULL."""
+cdef Snap *find_heir(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
+    """The newest snapshot older than SNAP that needs its word of CLUSTER, or NULL. Under the claim.
+
+    A snapshot in between that has a word of its own, dying ones included, has older data: that is what all before it
+    read and inherit, and the newer data of SNAP must not come in front of it.
+    """
     cdef int i, j
     cdef int at = position_of(<Snap **>epoch.chain, epoch.chain_count, snap)
     for i in range(at + 1, epoch.chain_count):
+        if map_get(&(<Snap *>epoch.chain[i]).map, cluster) != WORD_NONE:
+            return NULL
         for j in range(epoch.need_count):
             if epoch.need[j] == epoch.chain[i] and load_seq(&(<Snap *>epoch.need[j]).dead) == ALIVE \
                     and in_copy(epoch.need[j], cluster):

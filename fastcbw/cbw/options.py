@@ -116,6 +116,10 @@ def _parse_spill(spill: object, limit: int | str | None, cluster_size: int) -> t
         return None, 0
     if isinstance(spill, BlockDevice):
         size = spill.length if limit is None else parse_size(limit, "spill_limit")
+        if size > spill.length:
+            raise ValueError(f"spill_limit: {limit!r} is more than the {spill.length} bytes of {spill.name}")
+        if spill.read_only:
+            raise ValueError(f"spill: {spill.name}: is read-only")
         where = spill
     else:
         where = os.fsdecode(spill)

@@ -12,6 +12,7 @@ cdef enum:
 
 cdef class SnapshotDevice(BlockDevice):
     cdef EngineState state
+    cdef readonly object engine         # keeps what owns the newer snapshots alive, which a read may look into; None when it ended
     cdef Snap *snap             # one reference, until close
     cdef readonly int cluster_bits
     cdef readonly bint retired          # the engine has unlinked it (control)

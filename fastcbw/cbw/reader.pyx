@@ -366,6 +366,8 @@ cdef void look_up_run(const Epoch *epoch, Snap *snap, int64_t first, int64_t cou
     cdef const uint64_t *leaf
     cdef uint64_t word
     memset(words, 0, <size_t>count * 8)
+    if epoch.geometry != snap.geometry:
+        return                  # as in lookup()
     while i < count:
         stop = LEAF_CLUSTERS - (first + i) % LEAF_CLUSTERS + i
         if stop > count:

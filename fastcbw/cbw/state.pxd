@@ -102,6 +102,7 @@ cdef class EngineState:
     cdef int broken_fd          # eventfd, written when a snapshot breaks: the keeper waits for it
     cdef bint forked            # we are the child of a fork: the threads and the disk are the parent's
     cdef object workers         # cbw.worker.CopyPool, set by the Engine
+    cdef object logs            # what holds the devices of the stores' logs: a copy that hangs may outlive the Engine
     cdef PyObject *pool         # the same, for C; NULL before the first snapshot
 
 cdef Ticket enter(EngineState state) noexcept nogil

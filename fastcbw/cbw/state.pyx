@@ -21,7 +21,7 @@ from libc.string cimport memcpy
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
-from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
+from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
 from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
@@ -339,6 +339,8 @@ cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept n
     """
     cdef uint64_t word, found = 0
     cdef int i
+    if epoch.geometry != snap.geometry:
+        return WORD_NONE        # it ended, and another cluster size began, during a long read: `dead` tells the reader
     for i in range(epoch.chain_count):
         word = map_get(&(<Snap *>epoch.chain[i]).map, cluster)
         if word:

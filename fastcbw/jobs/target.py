@@ -33,6 +33,8 @@ class Target:
         self._force = force
         if isinstance(target, BlockDevice):
             self.device = target
+            if hasattr(target, "fileno") and any(same_file(target.fileno(), source) for source in sources):
+                raise ValueError(f"target {target.name}: is the source itself (name another device)")
             self._check_length(length)
             return
         path = os.fsdecode(target)
@@ -58,6 +60,8 @@ class Target:
             self._check_replaceable(path, force)
         self._path = path
         self._temporary = path + INCOMPLETE
+        if os.path.exists(self._temporary) and any(same_file(self._temporary, source) for source in sources):
+            raise ValueError(f"target {path}: its temporary name {self._temporary} is the source itself (name another file)")
         self._remove_stale(self._temporary)
         self.device = FileDevice(self._temporary, create_length=length, exclusive=True)
         self.is_zero = True
@@ -104,8 +108,16 @@ class Target:
         if self._force:
             os.replace(self._temporary, self._path)
         else:
-            os.link(self._temporary, self._path)
-            os.unlink(self._temporary)
+            try:
+                os.link(self._temporary, self._path)
+                os.unlink(self._temporary)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                # A file system without hard links (FAT and the like): not atomic against others, but nothing is replaced knowingly.
+                if os.path.lexists(self._path):
+                    raise FileExistsError(errno.EEXIST, "was made by somebody else meanwhile", self._path) from None
+                os.rename(self._temporary, self._path)
         folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)        # the name, too, is to survive a power cut
