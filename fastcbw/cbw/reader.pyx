@@ -393,6 +393,8 @@ cdef int64_t next_held(const Epoch *epoch, Snap *snap, int64_t cluster, int64_t 
     cdef int64_t leaf, at
     cdef const uint64_t *words
     cdef int k
+    if epoch.geometry != snap.geometry:
+        return end                  # as in lookup()
     for k in range(epoch.chain_count):
         leaf = map_next_leaf(&(<Snap *>epoch.chain[k]).map, cluster)
         while leaf < end:

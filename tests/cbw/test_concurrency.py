@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import KINDS, make_disk, wait_until
+from engine_disks import KINDS, make_disk, wait_until
 
 from fastcbw.block.delay import DelayDevice
 from fastcbw.block.memory import MemoryDevice

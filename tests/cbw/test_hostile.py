@@ -5,7 +5,7 @@ import threading
 import weakref
 
 import pytest
-from conftest import wait_until
+from engine_disks import wait_until
 
 import fastcbw
 from fastcbw.block.delay import DelayDevice

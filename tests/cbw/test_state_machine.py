@@ -10,7 +10,7 @@ import pathlib
 import tempfile
 
 import pytest
-from conftest import KINDS, make_disk, wait_until
+from engine_disks import KINDS, make_disk, wait_until
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test

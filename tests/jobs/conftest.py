@@ -1,18 +1,3 @@
-"""The check that a test leaves nothing behind."""
+"""Fixtures of the jobs' tests."""
 
-import gc
-import os
-import threading
-
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind():
-    """Fail a test that leaves a thread or a descriptor."""
-    gc.collect()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
-    yield
-    gc.collect()
-    assert set(threading.enumerate()) <= threads
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+from leaks import nothing_left_behind  # noqa: F401 - autouse

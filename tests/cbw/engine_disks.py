@@ -1,0 +1,48 @@
+"""Disks for engines to sit on, and a wait for what another thread does by itself."""
+
+import time
+
+from fastcbw.block.file import FileDevice
+from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.python import Device, PythonDevice
+
+
+class Bytes(Device):
+    """A disk written in Python; every copy of its old data goes through the pool, since it can't promise not to wait."""
+
+    def __init__(self, length):
+        self.length = length
+        self.data = bytearray(length)
+
+    def read(self, offset, length):
+        return self.data[offset : offset + length]
+
+    def write(self, offset, data):
+        self.data[offset : offset + len(data)] = data
+
+    def discard(self, offset, length):
+        self.data[offset : offset + length] = bytes(length)
+
+
+def wait_until(condition, seconds=10):
+    """Return when CONDITION() is true. For what another thread does by itself (the keeper), not for making races."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {condition}"
+        time.sleep(0.0005)
+
+
+KINDS = ("memory", "tmpfs file", "python")
+
+
+def make_disk(kind, length, folder):
+    """A fresh disk of LENGTH bytes; every kind reads zeroes after a discard."""
+    match kind:
+        case "memory":
+            return MemoryDevice(length)
+        case "tmpfs file":
+            (folder / "image").unlink(missing_ok=True)
+            return FileDevice(folder / "image", create_length=length)
+        case "python":
+            return PythonDevice(Bytes(length))
+    raise AssertionError(kind)
