@@ -23,7 +23,8 @@ from fastcbw.cbw.state cimport (ALIVE, DELETED, EngineState, Epoch, Geometry, Sn
                                 claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_unref,
                                 summary_set)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
-from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, or_seq, store_release, store_seq
+from fastcbw.kernels.atomic cimport cas_seq, load_seq, store_release, store_seq
+from fastcbw.kernels.sparse cimport sparse_or_atomic
 from fastcbw.sync cimport now_ns
 
 cdef extern from "check.h" nogil:
@@ -99,7 +100,6 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
     cdef uint64_t *settled = NULL
     cdef Snap *older = NULL
     cdef int at
-    cdef int64_t words = bitmap_bytes(snap.geometry.clusters) // 8
     cas_seq(&snap.dead, ALIVE, why)
 
     epoch = next_epoch(state)
@@ -116,7 +116,7 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
         epoch.changed = older.changed
     drain(state, flip(state))
     if older != NULL:
-        add_marks(older.changed, snap.changed, words)
+        sparse_or_atomic(&older.changed, &snap.changed)         # others set bits in it meanwhile
 
     epoch = next_epoch(state)
     epoch.chain_count = without(epoch.chain, epoch.chain_count, snap)
@@ -124,21 +124,12 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
         settled = epoch.settled
         epoch.geometry = NULL
         epoch.settled = NULL
-        epoch.changed = NULL
+        epoch.changed.words = NULL
+        epoch.changed.summary = NULL
     drain(state, flip(state))
     if settled != NULL:
-        unmap_pages(settled, words * 8)
+        unmap_pages(settled, bitmap_bytes(snap.geometry.clusters))
     snap.store.retired = True
-
-
-cdef void add_marks(uint64_t *target, const uint64_t *source, int64_t words) noexcept nogil:
-    """target |= source, while others set bits in target."""
-    cdef int64_t w
-    cdef uint64_t bits
-    for w in range(words):
-        bits = load_relaxed(source + w)
-        if bits:
-            or_seq(target + w, bits)
 
 
 cdef void hand_over(EngineState state, Snap *snap) noexcept nogil:

@@ -10,6 +10,7 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.locmap cimport LocationMap
 from fastcbw.cbw.store cimport Store
 from fastcbw.kernels.atomic cimport sub_seq
+from fastcbw.kernels.sparse cimport sparse_bits
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
@@ -48,7 +49,7 @@ cdef struct Snap:
     Store *store                # where new old data goes (control)
     LocationMap map             # words (claim), looked up by anybody counted
     uint64_t *not_copy          # complement of `copy`: bit set, the reader does not need the cluster (claim)
-    uint64_t *changed           # written since the snapshot, marked by guest writes while it is the newest (atomic)
+    sparse_bits changed         # written since the snapshot, marked by guest writes while it is the newest (atomic); with summary
     uint64_t *ram               # summaries of the words, for queries and copy order only (atomic)
     uint64_t *disk
     uint64_t *zero
@@ -65,7 +66,7 @@ cdef struct Epoch:
     uint64_t number
     Geometry *geometry          # NULL: no snapshot, nothing to preserve (flip)
     uint64_t *settled           # bit per cluster: a guest write has nothing left to preserve (claim)
-    uint64_t *changed           # the newest live snapshot's (atomic)
+    sparse_bits changed         # the newest live snapshot's: the same words and summary (atomic)
     int draining                # between the two flips of a creation (flip)
     int need_count              # snapshots to preserve for, newest first; no dying ones (flip)
     int chain_count             # snapshots to look in, newest first; dying ones included (flip)

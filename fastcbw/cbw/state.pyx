@@ -26,6 +26,7 @@ from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq
+from fastcbw.kernels.sparse cimport sparse_mark, summary_bits
 from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
 
@@ -114,12 +115,14 @@ cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket 
     first = offset >> epoch.geometry.cluster_bits
     count = cluster_end(epoch.geometry, offset, length) - first
     if (first & 63) + count > 64:
-        bits_mark_seq(epoch.changed, first, count)
+        sparse_mark(&epoch.changed, first, count)
+        bits_mark_seq(epoch.changed.words, first, count)
         return bits_all_seq(epoch.settled, first, count)
     w = first >> 6
     mask = (~(<uint64_t>0) >> (64 - count)) << (first & 63)
-    if (load_seq(epoch.changed + w) & mask) != mask:
-        or_seq(epoch.changed + w, mask)
+    if (load_seq(epoch.changed.words + w) & mask) != mask:
+        sparse_mark(&epoch.changed, first, count)
+        or_seq(epoch.changed.words + w, mask)
     return (load_seq(epoch.settled + w) & mask) == mask
 
 
@@ -281,11 +284,13 @@ cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_
     snap.geometry = geometry
     geometry_ref(geometry)
     snap.not_copy = <uint64_t *>map_pages(size)
-    snap.changed = <uint64_t *>map_pages(size)
+    snap.changed.length = geometry.clusters
+    snap.changed.words = <uint64_t *>map_pages(size)
+    snap.changed.summary = <uint64_t *>map_pages(bitmap_bytes(summary_bits(geometry.clusters)))
     snap.ram = <uint64_t *>map_pages(size)
     snap.disk = <uint64_t *>map_pages(size)
     snap.zero = <uint64_t *>map_pages(size)
-    if snap.not_copy == NULL or snap.changed == NULL or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
+    if snap.not_copy == NULL or snap.changed.words == NULL or snap.changed.summary == NULL or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
         snap_free(snap)
         return NULL
     return snap
@@ -310,7 +315,8 @@ cdef void snap_free(Snap *snap) noexcept nogil:
     cdef int64_t size = bitmap_bytes(snap.geometry.clusters)
     map_free(&snap.map)
     unmap_bitmap(snap.not_copy, size)
-    unmap_bitmap(snap.changed, size)
+    unmap_bitmap(snap.changed.words, size)
+    unmap_bitmap(snap.changed.summary, bitmap_bytes(summary_bits(snap.geometry.clusters)))
     unmap_bitmap(snap.ram, size)
     unmap_bitmap(snap.disk, size)
     unmap_bitmap(snap.zero, size)
