@@ -200,6 +200,7 @@ class Snapshot:
         with self._lock:
             if self._closed:
                 raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted")
+            self.disk._engine.check_open()
             self._holds += 1
 
     def release(self) -> None:

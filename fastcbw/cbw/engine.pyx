@@ -398,9 +398,10 @@ def take_snapshots(engines, name, options):
             engine.cluster_bits_for(name, options)
         try:
             for engine in engines:
-                engine.start_threads()
                 engine.prepare(name, options, &creations[count])
                 count += 1
+            for engine in engines:
+                engine.start_threads()
         except BaseException:
             for i in range(count):
                 engine = engines[i]
