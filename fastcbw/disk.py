@@ -221,19 +221,25 @@ class Snapshot:
         server = self._exported_by
         if server is not None and not self._closed:
             # First the clients: this waits for those that have hung up already, and refuses while others are there.
-            server.remove_export(f"{self.disk.name}@{self.name}")
+            try:
+                server.remove_export(f"{self.disk.name}@{self.name}")
+            except Error:
+                raise self._in_use() from None
             self._exported_by = None
         with self._lock:
-            if self._closed or self.disk._closed:
+            if self._closed:
                 return
             held, self._closed = self._holds, not self._holds
         if held:
             if server is not None:
                 self._export(server)
-            raise Error(f"{self.disk.name}@{self.name}: in use by {held} jobs or clients (end them first)")
+            raise self._in_use()
         self.disk.snapshots.pop(self.name, None)
         if not self.disk._closed:
             self.disk._engine.delete(self.name)
+
+    def _in_use(self) -> Error:
+        return Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients (end them first)")
 
     def _export(self, server: Server) -> None:
         server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, background=True,

@@ -32,9 +32,10 @@ cdef int copy_read(Copy *copy, bint nowait) noexcept nogil:
     cdef iovec vector[ROUND_CLUSTERS]
     cdef int64_t cluster_bytes = copy.snap.store.cluster_bytes
     cdef int64_t offset, length, piece
-    cdef int i = 0, begin, code
+    cdef int i = 0, begin, vectors, code
     while i < copy.items_count:
         begin = i
+        vectors = 0
         offset = copy.items[i].cluster * cluster_bytes
         length = 0
         while i < copy.items_count and copy.items[i].cluster == copy.items[begin].cluster + (i - begin):
@@ -43,14 +44,18 @@ cdef int copy_read(Copy *copy, bint nowait) noexcept nogil:
                 piece = cluster_bytes
             else:       # the disk ends within this cluster: the rest of its old data is zeroes
                 memset(copy.items[i].data + piece, 0, <size_t>(cluster_bytes - piece))
-            vector[i - begin].iov_base = copy.items[i].data
-            vector[i - begin].iov_len = <size_t>piece
+            if vectors and copy.items[i].data == <char *>vector[vectors - 1].iov_base + vector[vectors - 1].iov_len:
+                vector[vectors - 1].iov_len += <size_t>piece        # slots are neighbours as a rule
+            else:
+                vector[vectors].iov_base = copy.items[i].data
+                vector[vectors].iov_len = <size_t>piece
+                vectors += 1
             length += piece
             i += 1
         if nowait:
-            code = (<BlockDevice>copy.disk).preadv_nowait(vector, i - begin, offset, length)
+            code = (<BlockDevice>copy.disk).preadv_nowait(vector, vectors, offset, length)
         else:
-            code = (<BlockDevice>copy.disk).preadv(vector, i - begin, offset, length)
+            code = (<BlockDevice>copy.disk).preadv(vector, vectors, offset, length)
         if code:
             copy.why = WHY_SOURCE
             copy.error_offset = offset
