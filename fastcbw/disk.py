@@ -227,7 +227,7 @@ class Snapshot:
                 raise self._in_use() from None
             self._exported_by = None
         with self._lock:
-            if self._closed:
+            if self._closed or self.disk._closed:
                 return
             held, self._closed = self._holds, not self._holds
         if held:
