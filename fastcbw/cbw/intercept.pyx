@@ -152,11 +152,16 @@ cdef inline int64_t next_unsettled(const uint64_t *settled, int64_t first, int64
     return end
 
 
+cdef inline bint is_claimed(const Geometry *geometry, int64_t cluster) noexcept nogil:
+    return (load_seq(geometry.claims + cluster // 64) >> (cluster % 64)) & 1
+
+
 cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
     """Settle first..end in the ticket's epoch, or find that nobody needs it."""
     cdef Epoch *epoch = ticket.epoch
     cdef int64_t limit = ROUND_BYTES >> epoch.geometry.cluster_bits
     cdef int64_t round_end
+    cdef Snap *needing
     if limit > ROUND_CLUSTERS:
         limit = ROUND_CLUSTERS
     if limit == 0:
@@ -165,8 +170,10 @@ cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end,
         first = next_unsettled(epoch.settled, first, end)
         if first == end:
             return GO_ON
-        if newest_needing(epoch, first) == NULL:
-            # Outside every `copy`, or all broken, and neither ever goes back: it needs no claim and no bit.
+        needing = newest_needing(epoch, first)
+        if needing == NULL or (is_claimed(epoch.geometry, first) and lookup(epoch, needing, first) != WORD_NONE):
+            # Outside every `copy`, or all broken, and neither ever goes back: it needs no claim and no bit. Nor does what
+            # is in a store already; when the claim is to be had, it is settled, when not, nothing is worth waiting for.
             first += 1
             continue
         round_end = end if end - first < limit else first + limit
@@ -194,6 +201,9 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
     copy.bounce = NULL
     snap = select(epoch, &copy, settle)
     release_others(epoch, &copy, settle)
+    if copy.items_count == 0 and next_unsettled(epoch.settled, first, first + 1) == first:
+        # Only neighbours that need nothing were free; trying again at once would spin, without any limit.
+        return wait_for_claim(state, ticket, first, started_ns)
     if copy.items_count and epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
         return give_up(geometry, &copy, first, end, ticket)
     if copy.items_count:

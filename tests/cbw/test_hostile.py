@@ -226,3 +226,26 @@ def test_room_of_an_abandoned_copy_is_free_again_once_the_disk_answers():
     wait_until(lambda: engine.copies_abandoned == 0)
     engine.snapshot("t", ram=0, spill=log)
     engine.close()
+
+
+def test_guest_does_not_spin_between_settled_neighbours_of_a_cluster_whose_copy_hangs():
+    """The claim of cluster 5 is kept by a copy that was abandoned; its neighbours are settled and free to claim."""
+    disk = DelayDevice(MemoryDevice(64 * K))
+    disk.write(0, b"o" * 64 * K)
+    engine = Engine(disk)
+    oldest = engine.snapshot("s1")
+    engine.device.write(5 * K, b"1" * K)        # s1 has it: it outlives what follows
+    engine.snapshot("s2", cbw_timeout=50)
+    with disk.hold("read", 5 * K, K):
+        engine.device.write(5 * K, b"2" * K)
+        assert "cbw-timeout" in engine.snapshots["s2"].broken
+        engine.snapshot("s3", cbw_timeout=50)
+        engine.device.write(4 * K, b"3" * K)
+        engine.device.write(6 * K, b"3" * K)
+        writer = in_thread(engine.device.write, 4 * K, b"4" * 3 * K)
+        writer.join(5)
+        assert not writer.is_alive()
+        assert "cbw-timeout" in engine.snapshots["s3"].broken
+    assert oldest.read(0, 64 * K) == b"o" * 64 * K
+    assert disk.read(4 * K, 3 * K) == b"4" * 3 * K
+    engine.close()
