@@ -22,6 +22,7 @@ EXTENSIONS = [
     "fastcbw.block.device",
     "fastcbw.block.memory",
     "fastcbw.block.file",
+    "fastcbw.block.direct",
     "fastcbw.block.delay",
     "fastcbw.block.fault",
     "fastcbw.block.python",

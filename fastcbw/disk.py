@@ -30,6 +30,7 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     format: str | None = None,
     read_only: bool = False,
     lock: bool = True,
+    direct: bool = False,
 ) -> Disk:
     """Open a disk with the copy-before-write filter on it.
 
@@ -37,11 +38,12 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     name: letters, digits, `_`, `.`, `-`; default: the file's name without its suffix.
     format: "raw" takes the bytes of a file as they are, whatever magic they carry.
     lock: take the image locks that QEMU understands.
+    direct: past the page cache (O_DIRECT); OSError where the file system has none.
     Raises FormatRefused, ImageLocked, OSError, ValueError; nothing is left open.
     """
     if name is not None:
         check_name(name, "disk name")
-    device = as_device(image, format=format, read_only=read_only, lock=lock)
+    device = as_device(image, format=format, read_only=read_only, lock=lock, direct=direct)
     owned = device is not image
     try:
         return Disk(device, name=name or _default_name(image, device), owned=owned)

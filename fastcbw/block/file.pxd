@@ -20,3 +20,4 @@ cdef class FileDevice(BlockDevice):
 
     cdef int pwritev_durable(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil
     cdef int zero_sectors(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
+    cdef int zero_by_kernel(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil

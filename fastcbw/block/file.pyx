@@ -74,8 +74,10 @@ cdef class FileDevice(BlockDevice):
     """
 
     def __cinit__(self, path, *, bint read_only=False, create_length=None, str name=None, bint lock=True,
-                  bint exclusive=False):
+                  bint exclusive=False, alignment=None):
         self.fd = -1
+        if alignment is not None and type(self) is FileDevice:
+            raise ValueError(f"alignment: {alignment} means nothing through the page cache (it is DirectDevice's)")
         self.path = _os.fsdecode(path)
         self.name = self.path if name is None else name
         self.read_only = read_only
@@ -86,11 +88,7 @@ cdef class FileDevice(BlockDevice):
                 raise ValueError(f"create_length: {self.path}: a device needs at least one byte, got 0")
             if read_only:
                 raise ValueError(f"read_only: {self.path}: a file that is created cannot be read-only")
-            self.fd = _os.open(self.path, _os.O_RDWR | _os.O_CREAT | _os.O_EXCL | _os.O_CLOEXEC, 0o666)
-        else:
-            # Look before opening: opening a fifo would wait, opening a character device may do things.
-            _check_kind(_os.stat(self.path), self.path)
-            self.fd = _os.open(self.path, (_os.O_RDONLY if read_only else _os.O_RDWR) | _os.O_CLOEXEC)
+        self.fd = self._open(create_length is not None)
         try:
             self._set_up(create_length, lock, exclusive)
         except BaseException:
@@ -99,6 +97,14 @@ cdef class FileDevice(BlockDevice):
             if create_length is not None:
                 _os.unlink(self.path)
             raise
+
+    def _open(self, create):
+        """Return a descriptor of the file. Called before anything else exists; a subclass may open it another way."""
+        if create:
+            return _os.open(self.path, _os.O_RDWR | _os.O_CREAT | _os.O_EXCL | _os.O_CLOEXEC, 0o666)
+        # Look before opening: opening a fifo would wait, opening a character device may do things.
+        _check_kind(_os.stat(self.path), self.path)
+        return _os.open(self.path, (_os.O_RDONLY if self.read_only else _os.O_RDWR) | _os.O_CLOEXEC)
 
     def _set_up(self, create_length, lock, exclusive):
         cdef int sector
@@ -233,7 +239,14 @@ cdef class FileDevice(BlockDevice):
         return code
 
     cdef int zero_sectors(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
-        """A hole where allowed, else allocated zeroes, else (the file system has neither) a write of zeroes.
+        """A hole where allowed, else allocated zeroes, else (the file system has neither) a write of zeroes."""
+        cdef int code = self.zero_by_kernel(offset, length, flags)
+        if code == -EOPNOTSUPP:
+            return BlockDevice.write_zeroes_at(self, offset, length, flags & FAST_ONLY)
+        return code
+
+    cdef int zero_by_kernel(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        """Zero without writing, or -EOPNOTSUPP.
 
         Linux takes the same two calls on block devices: unmap with zeroes guaranteed, and WRITE ZEROES without unmap.
         """
@@ -251,7 +264,7 @@ cdef class FileDevice(BlockDevice):
                 return code
             if code == -EOPNOTSUPP:
                 store32_relaxed(&self.lacks_zero_range, 1)
-        return BlockDevice.write_zeroes_at(self, offset, length, flags & FAST_ONLY)
+        return -EOPNOTSUPP
 
     cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef int64_t end = offset + length

@@ -6,6 +6,7 @@ import os
 import stat
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.direct import DirectDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.probe import refuse_format
 from fastcbw.block.python import Device, PythonDevice
@@ -18,22 +19,29 @@ Path = str | bytes | os.PathLike
 
 
 def open_image(
-    path: Path, *, format: str | None = None, read_only: bool = False, lock: bool = True, name: str | None = None
+    path: Path,
+    *,
+    format: str | None = None,
+    read_only: bool = False,
+    lock: bool = True,
+    name: str | None = None,
+    direct: bool = False,
 ) -> FileDevice:
     """Open an image file or block device.
 
     format: "raw" takes the bytes as they are; None also, unless they carry the magic of another format.
     read_only, lock, name: as for FileDevice.
+    direct: past the page cache (O_DIRECT).
     Raises FormatRefused, ImageLocked, OSError with the file's name; ValueError for a format that is not built and for
     an NBD URI; nothing is left open.
     """
     check_format(format)
     text = os.fsdecode(path)
     refuse_uri(text)
-    device = FileDevice(text, read_only=read_only, lock=lock, name=name)
+    device = (DirectDevice if direct else FileDevice)(text, read_only=read_only, lock=lock, name=name)
     try:
         if format is None:
-            refuse_format(device.fileno(), device.length, text)
+            refuse_format(device, text)
     except BaseException:
         device.close()
         raise
@@ -47,6 +55,7 @@ def as_device(
     read_only: bool = False,
     lock: bool = True,
     name: str | None = None,
+    direct: bool = False,
 ) -> BlockDevice:
     """Return the device that IMAGE is, or is made into: a BlockDevice as it is, a Device adapted, a path opened.
 
@@ -55,10 +64,12 @@ def as_device(
     if isinstance(image, (BlockDevice, Device)):
         check_format(format)
         device = PythonDevice(image, name=name) if isinstance(image, Device) else image
+        if direct:
+            raise ValueError(f"direct: {device.name}: the device exists already (open the file itself with direct)")
         if read_only and not device.read_only:
             raise ValueError(f"read_only: {device.name}: the device exists already and is writable (open it read-only itself)")
         return device
-    return open_image(image, format=format, read_only=read_only, lock=lock, name=name)
+    return open_image(image, format=format, read_only=read_only, lock=lock, name=name, direct=direct)
 
 
 def check_format(format: str | None) -> None:

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from fastcbw.block.delay import DelayDevice
+from fastcbw.block.direct import DirectDevice
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
@@ -57,7 +58,7 @@ def shm_path():
         yield pathlib.Path(path)
 
 
-KINDS = ("memory", "tmpfs file", "disk file", "delay", "fault", "python")
+KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python")
 
 
 @pytest.fixture(params=KINDS)
@@ -77,6 +78,10 @@ def make_device(request, tmp_path, shm_path):
                 device = FileDevice(shm_path / "image", create_length=length)
             case "disk file":
                 device = FileDevice(tmp_path / "image", create_length=length)
+            case "direct":
+                device = DirectDevice(tmp_path / "image", create_length=length)
+            case "direct 4096":
+                device = DirectDevice(tmp_path / "image", create_length=length, alignment=4096)
             case "delay":
                 device = DelayDevice(MemoryDevice(length))
             case "fault":

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from fastcbw.block.direct import DirectDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.image import as_device, open_image, same_file
 from fastcbw.block.memory import MemoryDevice
@@ -15,7 +16,7 @@ from fastcbw.errors import FormatRefused, ImageLocked
 
 def probe(path):
     with FileDevice(path, read_only=True) as device:
-        return probe_format(device.fileno(), device.length)
+        return probe_format(device)
 
 
 @pytest.mark.parametrize(("format", "options"), [
@@ -87,6 +88,18 @@ def test_devices_pass_as_they_are_and_python_devices_are_adapted(tmp_path):
         assert isinstance(device, FileDevice) and device.read_only
     with pytest.raises(ValueError, match="read_only: memory"):
         as_device(memory, read_only=True)
+    with pytest.raises(ValueError, match="direct: memory"):
+        as_device(memory, direct=True)
+
+
+def test_an_image_is_probed_and_opened_directly_too(tmp_path):
+    path = tmp_path / "vm.img"
+    path.write_bytes(b"x" * 1300)
+    with as_device(path, direct=True) as device:
+        assert isinstance(device, DirectDevice) and device.read(0, 1300) == b"x" * 1300
+    path.write_bytes(b"QFI\xfb" + bytes(1000))
+    with pytest.raises(FormatRefused, match="vm.img: the image is in format qcow"):
+        open_image(path, direct=True)
 
 
 def test_the_same_file_is_found_by_any_name(tmp_path):
