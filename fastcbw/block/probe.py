@@ -7,7 +7,7 @@ Neither is what QEMU itself cannot tell from a raw disk. Sources: the probe func
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 
 from fastcbw.errors import FormatRefused
 
@@ -29,19 +29,22 @@ _MAGICS = (
 )
 
 
-def probe_format(fd: int, length: int) -> str | None:
-    """Return the name that qemu-img gives the format of the file FD of LENGTH bytes, None for raw bytes."""
-    head = os.pread(fd, 512, 0)
-    tail = os.pread(fd, 512, length - 512) if length >= 1024 else b""
+def probe_format(read: Callable[[int, int], bytes], length: int) -> str | None:
+    """Return the name that qemu-img gives the format of an image of LENGTH bytes, None for raw bytes.
+
+    read: read(offset, length) returns those bytes, a device's door.
+    """
+    head = read(0, min(512, length))
+    tail = read(length - 512, 512) if length >= 1024 else b""
     for name, offset, magic in _MAGICS:
         if head.startswith(magic, offset) if offset >= 0 else tail.startswith(magic):
             return name
     return None
 
 
-def refuse_format(fd: int, length: int, path: str) -> None:
-    """Raise FormatRefused, naming PATH, the format and what to do, unless the file holds raw bytes."""
-    found = probe_format(fd, length)
+def refuse_format(read: Callable[[int, int], bytes], length: int, path: str) -> None:
+    """Raise FormatRefused, naming PATH, the format and what to do, unless the image is raw bytes."""
+    found = probe_format(read, length)
     if found is not None:
         raise FormatRefused(
             f"{path}: the image is in format {found}, not raw (convert it: qemu-img convert -f {found} -O raw IMAGE "
