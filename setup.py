@@ -26,6 +26,8 @@ EXTENSIONS = [
     "fastcbw.block.delay",
     "fastcbw.block.fault",
     "fastcbw.block.python",
+    "fastcbw.block.nbd_connection",
+    "fastcbw.block.nbd",
     "fastcbw.block.vectors",
     "fastcbw.cbw.state",
     "fastcbw.cbw.locmap",

@@ -11,6 +11,8 @@ from typing import Any
 
 from fastcbw.block.device import BlockDevice
 from fastcbw.block.image import as_device
+from fastcbw.block.nbd import NbdDevice
+from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.block.python import Device
 from fastcbw.cbw.engine import Engine, take_snapshots
 from fastcbw.cbw.options import SnapshotOptions, check_name
@@ -34,8 +36,8 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
 ) -> Disk:
     """Open a disk with the copy-before-write filter on it.
 
-    image: the path of a raw image file or block device; or a device object, which stays the caller's to close.
-    name: letters, digits, `_`, `.`, `-`; default: the file's name without its suffix.
+    image: the path of a raw image file or block device; an NBD URI; or a device object, which stays the caller's to close.
+    name: letters, digits, `_`, `.`, `-`; default: the file's name without its suffix, or the name of the NBD export.
     format: "raw" takes the bytes of a file as they are, whatever magic they carry.
     lock: take the image locks that QEMU understands.
     direct: past the page cache (O_DIRECT); OSError where the file system has none.
@@ -55,7 +57,7 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
 
 def _default_name(image: object, device: BlockDevice) -> str:
     text = os.fsdecode(image) if isinstance(image, (str, bytes, os.PathLike)) else device.name
-    name = os.path.splitext(os.path.basename(text))[0]
+    name = parse_nbd_uri(text).export if is_nbd_uri(text) else os.path.splitext(os.path.basename(text))[0]
     return "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "_" for c in name) or "disk"
 
 
@@ -92,7 +94,9 @@ class Disk:
 
     @property
     def sources(self) -> list[str | int]:
-        """Descriptors of the files that this disk is made of: what no backup may be written to."""
+        """Descriptors of the files, or the NBD URI, that this disk is made of: what no backup may be written to."""
+        if isinstance(self._child, NbdDevice):
+            return [self._child.uri]
         return [self._child.fileno()] if hasattr(self._child, "fileno") else []
 
     def snapshot(self, name: str, **options: Any) -> Snapshot:

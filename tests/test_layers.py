@@ -15,6 +15,7 @@ LAYERS = [
     ("version", "errors", "units", "sync"),
     ("kernels",),
     ("bitmaps",),
+    ("wire",),
     ("block",),
     ("cbw",),
     ("jobs",),

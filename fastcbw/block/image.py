@@ -1,4 +1,4 @@
-"""Open what the user calls an image: the one place where a path becomes a device."""
+"""Open what the user calls an image: the one place where a path or an NBD URI becomes a device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import stat
 from fastcbw.block.device import BlockDevice
 from fastcbw.block.direct import DirectDevice
 from fastcbw.block.file import FileDevice
+from fastcbw.block.nbd import NbdDevice
+from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.block.probe import refuse_format
 from fastcbw.block.python import Device, PythonDevice
 
 #: The values of `format` that are built.
 FORMATS = ("raw",)
-_NBD_SCHEMES = ("nbd:", "nbd+unix:", "nbds:", "nbds+unix:")
 
 Path = str | bytes | os.PathLike
 
@@ -26,19 +27,25 @@ def open_image(
     lock: bool = True,
     name: str | None = None,
     direct: bool = False,
-) -> FileDevice:
-    """Open an image file or block device.
+) -> FileDevice | DirectDevice | NbdDevice:
+    """Open an image file, a block device, or an NBD export by its URI.
 
+    path: what begins as an NBD URI is one; a file of such a name is opened as ./NAME.
     format: "raw" takes the bytes as they are; None also, unless they carry the magic of another format.
-    read_only, lock, name: as for FileDevice.
-    direct: past the page cache (O_DIRECT).
-    Raises FormatRefused, ImageLocked, OSError with the file's name; ValueError for a format that is not built and for
-    an NBD URI; nothing is left open.
+    read_only, lock, name: as for FileDevice; who else has an export is its server's business, so lock has no meaning there.
+    direct: past the page cache (O_DIRECT); ValueError for an NBD URI.
+    Raises FormatRefused, ImageLocked, OSError with the file's name or the URI; ValueError for a format or a kind of URI that is
+    not built; nothing is left open.
     """
     check_format(format)
     text = os.fsdecode(path)
-    refuse_uri(text)
-    device = (DirectDevice if direct else FileDevice)(text, read_only=read_only, lock=lock, name=name)
+    device: FileDevice | DirectDevice | NbdDevice
+    if is_nbd_uri(text):
+        if direct:
+            raise ValueError(f"direct: {text}: is the NBD server's to choose (open a file or a block device past the page cache)")
+        device = NbdDevice(text, read_only=read_only, name=name)
+    else:
+        device = (DirectDevice if direct else FileDevice)(text, read_only=read_only, lock=lock, name=name)
     try:
         if format is None:
             refuse_format(device, text)
@@ -78,12 +85,15 @@ def check_format(format: str | None) -> None:
         raise ValueError(f"format: {format!r} is not built yet (there is {', '.join(FORMATS)})")
 
 
-def refuse_uri(text: str) -> None:
-    """Raise ValueError when TEXT is an NBD URI and no path."""
-    if text.startswith(_NBD_SCHEMES):
-        raise ValueError(
-            f"image: {text}: the NBD client device is not built yet (there are files and block devices; "
-            "a file of that name is opened as ./NAME)")
+def same_image(one: Path | int, other: Path | int) -> bool:
+    """Tell whether two paths, NBD URIs or descriptors are one image, as far as names can tell.
+
+    Raises OSError as same_file; ValueError for a URI that makes no sense.
+    """
+    uris = [not isinstance(image, int) and is_nbd_uri(os.fsdecode(image)) for image in (one, other)]
+    if all(uris):
+        return parse_nbd_uri(os.fsdecode(one)).same_as(parse_nbd_uri(os.fsdecode(other)))
+    return not any(uris) and same_file(one, other)
 
 
 def same_file(one: Path | int, other: Path | int) -> bool:

@@ -103,6 +103,9 @@ cdef class FilterDevice(BlockDevice):
     cdef int sync(self) noexcept nogil:
         return self.child.sync()
 
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
+        return self.child.explain(code, text, size)
+
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         return self.child.block_status(offset, length, flags)
 

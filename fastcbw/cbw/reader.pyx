@@ -311,7 +311,7 @@ cdef class SnapshotDevice(BlockDevice):
             snprintf(text, size, "the range, or a part of it, is not in the snapshot")
             return EINVAL
         if code != ERROR_BROKEN:
-            return BlockDevice.explain(self, code, text, size)
+            return self.state.child.explain(code, text, size)
         if why == WHY_NOT:
             snprintf(text, size, "the snapshot was deleted")
         elif error and why != WHY_TIMEOUT:

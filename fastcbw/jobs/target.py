@@ -6,30 +6,36 @@ import errno
 import os
 import stat
 
-from fastcbw.block.device import BlockDevice
+from fastcbw.block.device import ZERO, BlockDevice
 from fastcbw.block.file import FileDevice
-from fastcbw.block.image import refuse_uri, same_file
+from fastcbw.block.image import same_image
+from fastcbw.block.nbd import NbdDevice
+from fastcbw.block.nbd_uri import is_nbd_uri
 from fastcbw.errors import ImageLocked
 
 #: What a target is called until it is complete.
 INCOMPLETE = ".incomplete"
+#: Bytes of an NBD target that are asked about at a time, to see whether it reads as zeroes.
+_LOOK_BYTES = 1 << 30
 
 
 class Target:
     """A target of LENGTH bytes. `device` is written; then complete(), or discard() after a cancel, or leave() after an error.
 
-    target: a path; or a BlockDevice, which is the caller's and is written as it is.
-    sources: paths and descriptors of the images that are read or served; the target may be none of them.
+    target: a path; an NBD URI, whose export is written in place, since nothing can give it a name later; or a BlockDevice, which
+        is the caller's and is written as it is.
+    sources: paths, NBD URIs and descriptors of the images that are read or served; the target may be none of them.
     force: an existing regular file is replaced, at complete() and not before.
 
-    Raises FileExistsError, ValueError (target is a source, target smaller than the source, a directory, an NBD URI),
-    ImageLocked, OSError; then nothing was made or changed.
+    Raises FileExistsError, ValueError (target is a source, target smaller than the source, a directory, a URI that
+    makes no sense), ImageLocked, OSError; then nothing was made or changed.
     """
 
     def __init__(self, target: str | os.PathLike | BlockDevice, length: int, *, sources: list[str | int] = (), force: bool = False):
         self.is_zero = False            # every byte of the device reads as zero
         self._path: str | None = None   # the name it gets in the end
         self._temporary: str | None = None
+        self._owned = not isinstance(target, BlockDevice)
         self._force = force
         if isinstance(target, BlockDevice):
             self.device = target
@@ -38,13 +44,14 @@ class Target:
             self._check_length(length)
             return
         path = os.fsdecode(target)
-        refuse_uri(path)
+        if is_nbd_uri(path):
+            self._open_in_place(path, length, sources)
+            return
         exists = os.path.lexists(path)
         if exists:
             path = os.path.realpath(path)
         if os.path.exists(path):
-            if any(same_file(path, source) for source in sources):
-                raise ValueError(f"target {path}: is the source itself (name another file)")
+            self._check_other(path, sources)
             kind = os.stat(path).st_mode
             if stat.S_ISDIR(kind):
                 raise IsADirectoryError(errno.EISDIR, "is a folder; the target is a file in it", path)
@@ -65,6 +72,28 @@ class Target:
         self._remove_stale(self._temporary)
         self.device = FileDevice(self._temporary, create_length=length, exclusive=True)
         self.is_zero = True
+
+    def _open_in_place(self, uri: str, length: int, sources: list[str | int]) -> None:
+        self._check_other(uri, sources)
+        self.device = NbdDevice(uri)
+        try:
+            self._check_length(length)
+            self.is_zero = self._reads_as_zeroes(length)
+        except BaseException:
+            self.device.close()
+            raise
+
+    def _reads_as_zeroes(self, length: int) -> bool:
+        """Whether block status says so of all LENGTH bytes; looks no further than the first that it does not say it of."""
+        for offset in range(0, length, _LOOK_BYTES):
+            if not (self.device.extents(offset, min(_LOOK_BYTES, length - offset))["flags"] & ZERO).all():
+                return False
+        return True
+
+    @staticmethod
+    def _check_other(target: str, sources: list[str | int]) -> None:
+        if any(same_image(target, source) for source in sources):
+            raise ValueError(f"target {target}: is the source itself (name another file)")
 
     def _check_length(self, length: int) -> None:
         if self.device.length < length:
@@ -140,5 +169,5 @@ class Target:
         return f"the incomplete target is {self._temporary}"
 
     def _close(self) -> None:
-        if self._path is not None:
+        if self._owned:
             self.device.close()

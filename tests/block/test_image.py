@@ -1,14 +1,16 @@
 """Opening images: formats that must not be taken as raw, what is no path, files that are the same."""
 
 import os
+import re
 import subprocess
 
 import pytest
 
 from fastcbw.block.direct import DirectDevice
 from fastcbw.block.file import FileDevice
-from fastcbw.block.image import as_device, open_image, same_file
+from fastcbw.block.image import as_device, open_image, same_file, same_image
 from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.probe import probe_format
 from fastcbw.block.python import Device, PythonDevice
 from fastcbw.errors import FormatRefused, ImageLocked
@@ -51,10 +53,30 @@ def test_a_format_that_is_not_built_is_refused_by_name(tmp_path):
         open_image(tmp_path / "vm.img", format="qcow2")
 
 
-@pytest.mark.parametrize("uri", ["nbd://localhost/disk", "nbd+unix:///disk?socket=/run/s", "nbd:unix:/run/s", "nbds://host"])
-def test_nbd_uris_are_refused_with_what_exists(uri):
-    with pytest.raises(ValueError, match="NBD client device is not built yet"):
+@pytest.mark.parametrize("uri", ["nbd:unix:/run/s", "nbds://host", "nbd+vsock://3/disk"])
+def test_uris_of_kinds_that_are_not_built_are_refused_with_what_exists(uri):
+    with pytest.raises(ValueError, match=f"{re.escape(uri)}: .* .there is nbd://HOST.*nbd.unix:///NAME.socket=PATH"):
         open_image(uri)
+
+
+def test_an_nbd_uri_is_opened_as_a_device_and_probed_like_a_file(served):
+    uri = served("vm", MemoryDevice("1M"))
+    with open_image(uri, name="disk") as device:
+        assert isinstance(device, NbdDevice) and device.name == "disk" and not device.read_only
+        device.write(0, b"QFI\xfb\x00\x00\x00\x03")
+    with pytest.raises(FormatRefused, match="vm.socket=.*the image is in format qcow2, not raw"):
+        open_image(uri)
+    with open_image(uri, format="raw", read_only=True) as device:
+        assert device.read(0, 3) == b"QFI" and device.read_only
+
+
+def test_the_same_export_is_found_by_any_uri_of_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "sock")
+    one = f"nbd+unix:///a%20b?socket={tmp_path}/sock"
+    assert same_image(one, f"nbd+unix:///a b?socket={tmp_path}/link")
+    assert not same_image(one, f"nbd+unix:///a?socket={tmp_path}/sock")
+    assert same_image("nbd://Host/x", "nbd://host:10809/x") and not same_image("nbd://host/x", "nbd://host:10810/x")
+    assert not same_image(one, "nbd://host/x") and not same_image(one, tmp_path / "sock") and not same_image(0, one)
 
 
 def test_a_file_named_like_a_uri_can_be_opened(tmp_path, monkeypatch):

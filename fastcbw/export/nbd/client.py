@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass, field
 
-from fastcbw.export.nbd import constants as c
+from fastcbw.wire import constants as c
 
 
 class NbdError(OSError):

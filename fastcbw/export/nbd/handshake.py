@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastcbw.errors import Error
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.contexts import MetaContext
+from fastcbw.wire import constants as c
 
 #: A longer option is skipped and answered with ERR_TOO_BIG; one longer than OPTION_SKIP_MAX ends the connection.
 OPTION_LENGTH_MAX = 64 << 10

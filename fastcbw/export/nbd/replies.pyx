@@ -14,11 +14,12 @@ from libc.string cimport memcpy, memset, strlen
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.sys cimport iovec
-from fastcbw.export.nbd.constants cimport (
+from fastcbw.sync cimport now_ns
+from fastcbw.wire.constants cimport (
     CHUNK_LENGTH, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, REPLY_TYPE_ERROR_OFFSET, SIMPLE_REPLY_LENGTH,
     SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC)
-from fastcbw.export.nbd.socket cimport MSG_NOSIGNAL, msghdr, now_ns, sendmsg
-from fastcbw.export.nbd.wire cimport store16, store32, store64
+from fastcbw.wire.integers cimport store16, store32, store64
+from fastcbw.wire.socket cimport MSG_NOSIGNAL, msghdr, sendmsg
 
 
 cdef class Replies:

@@ -27,12 +27,12 @@ from collections.abc import Callable, Mapping
 
 from fastcbw.block.device import BlockDevice
 from fastcbw.errors import Error
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd import listen
 from fastcbw.export.nbd.contexts import AllocationContext, MetaContext
 from fastcbw.export.nbd.handshake import DEADLINE_SECONDS, Handshake, HandshakeEnded
 from fastcbw.export.nbd.pool import BufferPool
 from fastcbw.export.nbd.transmission import COUNTERS, Connection
+from fastcbw.wire import constants as c
 
 log = logging.getLogger(__name__)
 

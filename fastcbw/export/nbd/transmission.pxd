@@ -2,9 +2,9 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
-from fastcbw.export.nbd.constants cimport CONTEXTS_MAX
 from fastcbw.export.nbd.pool cimport BufferPool
 from fastcbw.export.nbd.replies cimport Replies
+from fastcbw.wire.constants cimport CONTEXTS_MAX
 
 cdef enum:
     RECEIVE_LENGTH = 524288         # bytes that one receive may take when the buffer is empty

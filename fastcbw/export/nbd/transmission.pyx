@@ -24,19 +24,20 @@ from libc.string cimport memcpy, memmove, strerror
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA, MAY_UNMAP
-from fastcbw.export.nbd.constants cimport (
-    CHUNK_LENGTH, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, PAYLOAD_LENGTH_MAX, REPLY_FLAG_DONE,
-    REPLY_TYPE_BLOCK_STATUS, REPLY_TYPE_NONE, REPLY_TYPE_OFFSET_DATA, REQUEST_LENGTH, REQUEST_MAGIC,
-    SIMPLE_REPLY_LENGTH, SIMPLE_REPLY_MAGIC)
 from fastcbw.export.nbd.contexts cimport MetaContext
 from fastcbw.export.nbd.pool cimport PIECE_LENGTH, BufferPool
 from fastcbw.export.nbd.pthread cimport pthread_self, pthread_setname_np
 from fastcbw.export.nbd.replies cimport Replies
-from fastcbw.export.nbd.socket cimport MSG_DONTWAIT, now_ns, recv
-from fastcbw.export.nbd.wire cimport load16, load32, load64, store32, store64
 from fastcbw.kernels.atomic cimport (
     load32_acquire, load_relaxed, store32_release, store_relaxed)
+from fastcbw.sync cimport now_ns
+from fastcbw.wire.constants cimport (
+    CHUNK_LENGTH, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, PAYLOAD_LENGTH_MAX, REPLY_FLAG_DONE,
+    REPLY_TYPE_BLOCK_STATUS, REPLY_TYPE_NONE, REPLY_TYPE_OFFSET_DATA, REQUEST_LENGTH, REQUEST_MAGIC,
+    SIMPLE_REPLY_LENGTH, SIMPLE_REPLY_MAGIC)
+from fastcbw.wire.integers cimport load16, load32, load64, store32, store64
+from fastcbw.wire.socket cimport MSG_DONTWAIT, recv
 
 cdef extern from "<errno.h>" nogil:        # what libc.errno does not have
     int ECANCELED, EDQUOT, EOPNOTSUPP, EOVERFLOW, ESHUTDOWN

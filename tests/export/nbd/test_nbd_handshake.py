@@ -8,10 +8,10 @@ import pytest
 
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.errors import Error
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client, NbdError, meta_query
 from fastcbw.export.nbd.contexts import AllocationContext
 from fastcbw.export.nbd.server import Server
+from fastcbw.wire import constants as c
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import threading
 import pytest
 from nbd_waiting import wait_for
 
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client, meta_query
+from fastcbw.wire import constants as c
 
 MIB = 1 << 20
 

@@ -3,10 +3,10 @@
 import pytest
 from nbd_waiting import wait_for
 
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client
 from fastcbw.export.nbd.pool import BufferPool
 from fastcbw.export.nbd.server import Server
+from fastcbw.wire import constants as c
 
 MIB = 1 << 20
 PIECE = 256 << 10

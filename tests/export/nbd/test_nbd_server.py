@@ -16,9 +16,9 @@ from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.python import Device, PythonDevice
 from fastcbw.errors import Error
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client, NbdError
 from fastcbw.export.nbd.server import Server, parse_spin
+from fastcbw.wire import constants as c
 
 MIB = 1 << 20
 

@@ -10,9 +10,9 @@ import pytest
 import fastcbw
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
-from fastcbw.export.nbd import constants as c
 from fastcbw.export.nbd.client import Client, NbdError
 from fastcbw.export.nbd.contexts import AllocationContext
+from fastcbw.wire import constants as c
 
 MIB = 1 << 20
 

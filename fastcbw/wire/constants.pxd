@@ -1,5 +1,12 @@
-# The numbers of constants.py that the transmission loop needs, as C constants. No module behind it: cimport only.
+# The numbers of constants.py that the data plane needs, as C constants. No module behind it: cimport only.
 cdef enum:
+    FLAG_SEND_FLUSH = 4
+    FLAG_SEND_FUA = 8
+    FLAG_SEND_TRIM = 32
+    FLAG_SEND_WRITE_ZEROES = 64
+    FLAG_CAN_MULTI_CONN = 256
+    FLAG_SEND_FAST_ZERO = 2048
+
     REQUEST_MAGIC = 0x25609513
     SIMPLE_REPLY_MAGIC = 0x67446698
     STRUCTURED_REPLY_MAGIC = 0x668E33EF
@@ -25,9 +32,13 @@ cdef enum:
     REPLY_FLAG_DONE = 1
     REPLY_TYPE_NONE = 0
     REPLY_TYPE_OFFSET_DATA = 1
+    REPLY_TYPE_OFFSET_HOLE = 2
     REPLY_TYPE_BLOCK_STATUS = 5
     REPLY_TYPE_ERROR = 32769
     REPLY_TYPE_ERROR_OFFSET = 32770
+    REPLY_TYPE_ERROR_BIT = 32768    # of every type that is an error
+
+    STRING_LENGTH_MAX = 4096
 
     PAYLOAD_LENGTH_MAX = 33554432
     CONTEXTS_MAX = 16

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from fastcbw.export.nbd import constants
+from fastcbw.wire import constants
 
 
 def test_the_numbers_of_the_loop_are_those_of_the_handshake():

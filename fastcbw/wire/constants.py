@@ -1,7 +1,7 @@
 """Numbers of the NBD protocol, under one name each.
 
-Source: NetworkBlockDevice/nbd, doc/proto.md. The transmission loop has the ones it needs in constants.pxd; a test
-checks that the two files agree.
+Source: NetworkBlockDevice/nbd, doc/proto.md. Server and client device share them; the data plane has the ones
+it needs in constants.pxd, and a test checks that the two files agree.
 """
 
 # -- handshake
@@ -42,8 +42,10 @@ REP_FLAG_ERROR = 1 << 31
 REP_ERR_UNSUP = REP_FLAG_ERROR | 1
 REP_ERR_POLICY = REP_FLAG_ERROR | 2
 REP_ERR_INVALID = REP_FLAG_ERROR | 3
+REP_ERR_TLS_REQD = REP_FLAG_ERROR | 5
 REP_ERR_UNKNOWN = REP_FLAG_ERROR | 6
 REP_ERR_SHUTDOWN = REP_FLAG_ERROR | 7
+REP_ERR_BLOCK_SIZE_REQD = REP_FLAG_ERROR | 8
 REP_ERR_TOO_BIG = REP_FLAG_ERROR | 9
 
 INFO_EXPORT = 0
@@ -93,6 +95,7 @@ REPLY_TYPE_NONE = 0
 REPLY_TYPE_OFFSET_DATA = 1
 REPLY_TYPE_OFFSET_HOLE = 2
 REPLY_TYPE_BLOCK_STATUS = 5
+REPLY_TYPE_ERROR_BIT = 1 << 15          # of every type that is an error
 REPLY_TYPE_ERROR = (1 << 15) + 1
 REPLY_TYPE_ERROR_OFFSET = (1 << 15) + 2
 
