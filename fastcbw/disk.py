@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastcbw.block.device import BlockDevice
 from fastcbw.block.image import as_device
@@ -94,10 +95,12 @@ class Disk:
 
     @property
     def sources(self) -> list[str | int]:
-        """Descriptors of the files, or the NBD URI, that this disk is made of: what no backup may be written to."""
+        """Descriptors and NBD URIs of this disk, of what it is made of and as it is served: what no backup may be written to."""
+        server = self._server
+        sources = [] if server is None else [f"nbd+unix:///{self.name}?socket={quote(path)}" for path in server.addresses]
         if isinstance(self._child, NbdDevice):
-            return [self._child.uri]
-        return [self._child.fileno()] if hasattr(self._child, "fileno") else []
+            return [self._child.uri, *sources]
+        return [self._child.fileno(), *sources] if hasattr(self._child, "fileno") else sources
 
     def snapshot(self, name: str, **options: Any) -> Snapshot:
         """Take a snapshot of this instant.

@@ -30,7 +30,7 @@ MARGIN_S = 1.5
 
 STALLED_CLIENT = """
 import sys
-from fastcbw.export.nbd import constants as c
+from fastcbw.wire import constants as c
 from fastcbw.export.nbd.client import Client
 client = Client(sys.argv[1], sys.argv[2])
 for i in range(int(sys.argv[3])):

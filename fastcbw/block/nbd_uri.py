@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 PORT_DEFAULT = 10809
 
@@ -26,6 +26,12 @@ class NbdUri:
     text: str
     address: str | tuple[str, int]
     export: str
+
+    def absolute(self) -> str:
+        """Return the URI as it is understood in any folder."""
+        if not isinstance(self.address, str):
+            return self.text
+        return f"nbd+unix:///{quote(self.export)}?socket={quote(os.path.abspath(self.address))}"
 
     def same_as(self, other: NbdUri) -> bool:
         """Tell whether both name one export of one server, as far as names can tell."""

@@ -1,4 +1,4 @@
-"""``fastcbw backup SOURCE TARGET``: copy a point in time into a file, here or in a daemon."""
+"""``fastcbw backup SOURCE TARGET``: copy a point in time into a file or an NBD export, here or in a daemon."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 from contextlib import ExitStack
 
-from fastcbw.cli.common import (UsageError, add_json, add_options, add_qmp, check_options, connect, is_nbd_uri,
+from fastcbw.cli.common import (UsageError, add_json, add_options, add_qmp, check_nbd_uri, check_options, connect,
                                 qmp_path, refuse_unbuilt)
 from fastcbw.cli.follow import Interrupts, follow
 from fastcbw.qmp.options import BACKUP_OPTIONS
@@ -14,10 +14,10 @@ from fastcbw.qmp.options import BACKUP_OPTIONS
 
 def add_parser(verbs) -> None:
     parser = verbs.add_parser(
-        "backup", help="copy a point in time of a disk into a file",
-        description="SOURCE: an image file; or, of a running daemon, DISK@SNAP, or DISK (a snapshot is made for the "
+        "backup", help="copy a point in time of a disk into a file or an NBD export",
+        description="SOURCE: an image file or an NBD URI; or, of a running daemon, DISK@SNAP, or DISK (a snapshot is made for the "
                     "job and removed after it). With --qmp SOURCE is always the daemon's; with only FASTCBW_QMP set "
-                    "a file of that name comes first. TARGET: a file.")
+                    "a file of that name comes first. TARGET: a file, or an NBD URI, whose export is written in place.")
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET")
     add_options(parser, BACKUP_OPTIONS, "backup options")
@@ -31,12 +31,11 @@ def add_parser(verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     options = check_options(BACKUP_OPTIONS, arguments)
     refuse_unbuilt(backing=arguments.backing)
-    for role, text in (("SOURCE", arguments.source), ("TARGET", arguments.target)):
-        if is_nbd_uri(text):
-            raise UsageError(f"{text}: NBD URIs as {role} are not built yet (give a file)")
+    check_nbd_uri(arguments.source)
+    target_is_uri = check_nbd_uri(arguments.target)
     if arguments.format not in (None, "raw"):
         raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
-    if arguments.format is None and arguments.target.endswith(".qcow2"):
+    if arguments.format is None and arguments.target.endswith(".qcow2") and not target_is_uri:
         raise UsageError(f"{arguments.target}: qcow2 targets are not built yet (choose another name, or --format raw)")
     start = _start_there if _is_daemons(arguments) else _start_here
     with Interrupts() as interrupts, ExitStack() as stack:

@@ -103,9 +103,17 @@ def refuse_unbuilt(**values) -> None:
             raise UsageError(f"--{keyword.replace('_', '-')}: not built yet (leave the option out)")
 
 
-def is_nbd_uri(text: str) -> bool:
-    """Tell whether TEXT is meant as an NBD URI."""
-    return text.startswith(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://", "nbd:"))
+def check_nbd_uri(text: str) -> bool:
+    """Tell whether TEXT is an NBD URI; UsageError for one that makes no sense or is of a kind that is not built."""
+    from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
+
+    if not is_nbd_uri(text):
+        return False
+    try:
+        parse_nbd_uri(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return True
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

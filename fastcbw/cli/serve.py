@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 
-from fastcbw.cli.common import UsageError, add_options, check_options, is_nbd_uri, refuse_unbuilt
+from fastcbw.cli.common import UsageError, add_options, check_nbd_uri, check_options, refuse_unbuilt
 from fastcbw.export.nbd.listen import inherited
 from fastcbw.export.nbd.server import parse_spin
 from fastcbw.qmp.options import SNAPSHOT_OPTIONS
@@ -18,9 +18,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 def add_parser(verbs) -> None:
     parser = verbs.add_parser(
         "serve", help="serve disks over NBD, driven over QMP",
-        description="Serve each IMAGE as the NBD export NAME (default: the file name without suffix) and each of its "
+        description="Serve each IMAGE as the NBD export NAME (default: the file name without suffix, or the name of the NBD export) and each of its "
                     "snapshots as NAME@SNAP. Prints one URI a line, then 'ready'. SIGTERM and Ctrl-C end it cleanly.")
-    parser.add_argument("images", nargs="*", metavar="[NAME=]IMAGE", help="a file or a block device")
+    parser.add_argument("images", nargs="*", metavar="[NAME=]IMAGE", help="a file, a block device or an NBD URI")
     parser.add_argument("--socket", metavar="PATH", help="unix socket of the NBD server")
     parser.add_argument("--qmp", metavar="PATH", help="unix socket of the QMP server (default: the NBD socket + .qmp)")
     parser.add_argument("--format", metavar="FMT", help="format of the images: raw (default: raw, where no magic of "
@@ -43,8 +43,7 @@ def split_image(text: str) -> tuple[str | None, str]:
         name, image = None, text
     if not image:
         raise UsageError(f"{text!r}: names no image (give [NAME=]IMAGE)")
-    if is_nbd_uri(image):
-        raise UsageError(f"{image}: NBD URIs as disks are not built yet (give a file or a block device)")
+    check_nbd_uri(image)
     return name, image
 
 

@@ -93,7 +93,7 @@ class Target:
     @staticmethod
     def _check_other(target: str, sources: list[str | int]) -> None:
         if any(same_image(target, source) for source in sources):
-            raise ValueError(f"target {target}: is the source itself (name another file)")
+            raise ValueError(f"target {target}: is the source itself (name another)")
 
     def _check_length(self, length: int) -> None:
         if self.device.length < length:

@@ -117,7 +117,7 @@ COMMANDS = Schema([
     Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list),
     Command("fastcbw-backup", "start a backup job", _backup, (
         Argument("disk", "str", "the disk", required=True),
-        Argument("target", "str", "the file to write; a relative path starts at the daemon's folder", required=True),
+        Argument("target", "str", "the file or NBD URI to write; a relative path starts at the daemon's folder", required=True),
         Argument("snapshot", "str", "the snapshot to copy (default: one is made, and deleted at the end)"),
         Argument("job-id", "str", "the job's id (default: job1, job2, ...)"),
         *_arguments(BACKUP_OPTIONS))),

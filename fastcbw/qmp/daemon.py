@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import quote
 
+from fastcbw.block.image import same_image
 from fastcbw.cbw.options import check_name
 from fastcbw.disk import group
 from fastcbw.errors import Error
@@ -158,8 +159,10 @@ class Daemon:
 
     def start_backup(self, disk: str, target: str, *, snapshot: str | None = None, job_id: str | None = None,
                      **options) -> JobRecord:
-        """Start a backup of DISK@SNAPSHOT to the file TARGET; without SNAPSHOT one is made, and deleted at the end."""
+        """Start a backup of DISK@SNAPSHOT to TARGET, a file or an NBD URI; without SNAPSHOT one is made, and deleted at the end."""
         with self._change:
+            if any(same_image(target, self.uri(export)) for export in self.exports() if self.nbd is not None):
+                raise ValueError(f"target {target}: is served by this daemon (name another)")
             if job_id is not None:
                 check_name(job_id, "job id")
             own = snapshot is None

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
+from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.errors import Error, JobCancelled, JobFailed
 from fastcbw.qmp.client import QmpClient
 
@@ -49,7 +50,8 @@ class RemoteDaemon:
 
     def backup(self, disk: str, target: str | os.PathLike, *, snapshot: str | None = None, **options) -> RemoteJob:
         """Start a backup of DISK@SNAPSHOT there; without SNAPSHOT one is made for the job and deleted after it."""
-        target = os.path.abspath(target)  # the daemon's folder is another
+        text = os.fsdecode(target)      # made absolute: the daemon's folder is another
+        target = parse_nbd_uri(text).absolute() if is_nbd_uri(text) else os.path.abspath(text)
         answer = self.client.execute("fastcbw-backup", disk=disk, snapshot=snapshot, target=target, **options)
         return RemoteJob(self, answer["id"])
 

@@ -13,8 +13,8 @@ import threading
 import time
 
 import pytest
-from conftest import process
 from nbd_fake import ALL_FLAGS, LENGTH, chunk, contents, fake_server, serve_well, together
+from nbd_servers import process
 
 from fastcbw.block import nbd_handshake, vectors
 from fastcbw.block.fault import FaultDevice

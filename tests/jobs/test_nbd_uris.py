@@ -89,6 +89,14 @@ def test_a_target_that_is_too_short_or_the_source_itself_is_refused_and_unchange
     assert short.read(0, LENGTH - 1) == bytes(LENGTH - 1)
 
 
+def test_a_disk_is_not_backed_up_to_itself_through_its_own_server(tmp_path, image, content):
+    with fastcbw.open(image, name="vm") as disk, disk.snapshot("s") as snapshot:
+        disk.serve(tmp_path / "a b.sock")
+        with pytest.raises(ValueError, match="is the source itself"):
+            snapshot.backup(f"nbd+unix:///vm?socket={tmp_path}/a%20b.sock")
+        assert disk.read(0, LENGTH) == content
+
+
 def test_a_target_that_fails_is_called_incomplete_with_the_servers_words(server, image):
     target = FaultDevice(MemoryDevice(LENGTH))
     target.fail_on("write", 4 * MIB, 1, errno=28)

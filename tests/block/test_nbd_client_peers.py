@@ -7,8 +7,8 @@ import json
 import random
 
 import pytest
-from conftest import process
 from nbd_fake import together
+from nbd_servers import process
 from test_conformance import apply
 
 from fastcbw.block import vectors
