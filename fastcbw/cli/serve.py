@@ -27,7 +27,7 @@ def add_parser(verbs) -> None:
                                                         "another format is found)")
     parser.add_argument("--no-lock", action="store_true", help="open the images without QEMU's byte locks")
     parser.add_argument("--read-only", action="store_true", help="open the images read-only")
-    parser.add_argument("--direct", action="store_true", help="open the images O_DIRECT (not built yet)")
+    parser.add_argument("--direct", action="store_true", help="open the images O_DIRECT, past the page cache")
     parser.add_argument("--spin", metavar="MODE", default="off",
                         help="busy-polling of guest sockets: off (default), adaptive, or microseconds; costs processor time")
     parser.add_argument("--config", metavar="FILE", help="disks and nodes from a file (not built yet)")
@@ -49,7 +49,7 @@ def split_image(text: str) -> tuple[str | None, str]:
 
 def run(arguments: argparse.Namespace) -> int:
     options = check_options(SNAPSHOT_OPTIONS, arguments)
-    refuse_unbuilt(direct=arguments.direct, config=arguments.config)
+    refuse_unbuilt(config=arguments.config)
     if arguments.format not in (None, "raw"):
         raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
     if options and arguments.snapshot is None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             signal.signal(number, lambda *_, reason=reason: daemon.request_stop(reason))
         for name, image in images:
             daemon.add_disk(open_disk(image, name=name, format=arguments.format, read_only=arguments.read_only,
-                                      lock=not arguments.no_lock))
+                                      lock=not arguments.no_lock, direct=arguments.direct))
         if arguments.snapshot is not None:
             daemon.create_snapshot(arguments.snapshot, list(daemon.disks), **options)
         daemon.listen_nbd(arguments.socket if passed is None else passed, spin=arguments.spin)

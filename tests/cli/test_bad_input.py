@@ -148,7 +148,6 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("serve", "--socket", "s"), "no image"),
     (("serve", "vm.img", "--socket", "s", "--ram", "1M"), "--ram: an option of --snapshot"),
     (("serve", "vm.img", "--socket", "s", "--format", "qcow2"), "--format: 'qcow2' is not built yet"),
-    (("serve", "vm.img", "--socket", "s", "--direct"), "--direct: not built yet"),
     (("serve", "vm.img", "--socket", "s", "--config", "f"), "--config: not built yet"),
     (("serve", "nbds://localhost", "--socket", "s"), "nbds://localhost: TLS is not built yet"),
     (("serve", "vm=nbd+unix:///vm", "--socket", "s"), "nbd+unix:///vm: names no socket"),

@@ -83,3 +83,23 @@ def test_the_image_is_locked_for_qemu_and_free_afterwards(served, image):
     assert refused.returncode != 0 and "lock" in refused.stderr
     served.end(signal.SIGTERM)
     subprocess.run(probe, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("mode", ["off", "20", "adaptive"])
+def test_it_serves_with_every_kind_of_polling(serve, image, tmp_path, mode):
+    serve(image, "--socket", "nbd", "--spin", mode)
+    with Client(tmp_path / "nbd", "vm") as guest:
+        guest.write(512, b"x" * 512)
+        assert guest.read(512, 512) == b"x" * 512
+
+
+def test_direct_serves_past_the_page_cache(serve, image, tmp_path):
+    served = serve(image, "--socket", "nbd", "--direct", "--snapshot", "s")
+    with Client(tmp_path / "nbd", "vm") as guest, Client(tmp_path / "nbd", "vm@s") as snapshot:
+        before = guest.read(100, 5000)
+        guest.write(100, b"x" * 5000)       # a head, a body, a tail
+        assert guest.read(100, 5000) == b"x" * 5000 and snapshot.read(100, 5000) == before
+    flags = [int(line.split()[1], 8) for fd in os.listdir(f"/proc/{served.process.pid}/fd")
+             if os.path.realpath(f"/proc/{served.process.pid}/fd/{fd}") == str(image)
+             for line in open(f"/proc/{served.process.pid}/fdinfo/{fd}") if line.startswith("flags:")]
+    assert any(flag & os.O_DIRECT for flag in flags)
