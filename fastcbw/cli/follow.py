@@ -71,8 +71,9 @@ def follow(job, interrupts: Interrupts, *, json: bool) -> int:
     if status != "completed":
         warn(error)
     elif not json:
-        total = job.progress["total"]
-        print(f"{format_size(total)} in {time.monotonic() - started:.1f} s")
+        size = job.result.get("bytes", job.progress["total"])
+        verified = ", verified," if job.result.get("verified") else ""
+        print(f"{format_size(size)}{verified} in {time.monotonic() - started:.1f} s")
     return code
 
 

@@ -6,6 +6,7 @@ FASTCBW_TRACEBACK=1 in the environment a failure shows where it happened.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -31,13 +32,30 @@ def parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ARGV (default: the process's) and return the exit status."""
+    _fill_standard_streams()
     status = _guarded(sys.argv[1:] if argv is None else argv)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            return _complain(f"standard output: {error.strerror}", status or 1)
         # Who read our output has gone; the interpreter would complain of it when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
+
+
+def _fill_standard_streams() -> None:
+    """Open what the caller has closed of descriptors 0 to 2 on the null device: an image must never become one of them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _guarded(argv: list[str]) -> int:
@@ -81,6 +99,6 @@ def _run(argv: list[str]) -> int:
     return arguments.run(arguments)
 
 
-def _complain(error: BaseException, status: int) -> int:
-    print(f"fastcbw: {one_line(error)}", file=sys.stderr)
+def _complain(error: BaseException | str, status: int) -> int:
+    print(f"fastcbw: {error if isinstance(error, str) else one_line(error)}", file=sys.stderr)
     return status

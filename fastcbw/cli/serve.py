@@ -19,7 +19,7 @@ def add_parser(verbs) -> None:
     parser = verbs.add_parser(
         "serve", help="serve disks over NBD, driven over QMP",
         description="Serve each IMAGE as the NBD export NAME (default: the file name without suffix, or the name of the NBD export) and each of its "
-                    "snapshots as NAME@SNAP. Prints one URI a line, then 'ready'. SIGTERM and Ctrl-C end it cleanly.")
+                    "snapshots as NAME@SNAP. Prints one URI a line, then 'ready'. SIGTERM, SIGHUP and Ctrl-C end it cleanly.")
     parser.add_argument("images", nargs="*", metavar="[NAME=]IMAGE", help="a file, a block device or an NBD URI")
     parser.add_argument("--socket", metavar="PATH", help="unix socket of the NBD server")
     parser.add_argument("--qmp", metavar="PATH", help="unix socket of the QMP server (default: the NBD socket + .qmp)")
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastcbw.qmp.daemon import Daemon
 
     with Daemon() as daemon:
-        reasons = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+        reasons = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up", signal.SIGINT: "interrupted"}
         for number, reason in reasons.items():
             signal.signal(number, lambda *_, reason=reason: daemon.request_stop(reason))
         for name, image in images:
@@ -85,9 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
             daemon.listen_qmp(qmp)
         # With a passed socket stdout is the output of who started us (nbdinfo, nbdcopy): not ours to write to.
         out = sys.stdout if passed is None else sys.stderr
-        for export in daemon.exports():
-            print(daemon.uri(export), file=out)
-        print("ready", file=out, flush=True)
+        try:
+            for export in daemon.exports():
+                print(daemon.uri(export), file=out)
+            print("ready", file=out, flush=True)
+        except BrokenPipeError:     # who started us has read enough; the guest has not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         reason = daemon.wait()
     return 130 if reason == "interrupted" else 0
 

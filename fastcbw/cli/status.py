@@ -26,19 +26,32 @@ def run(arguments: argparse.Namespace) -> int:
     if status["nbd"] is not None:
         print()
         print_table(("EXPORT", "URI"), [(export["name"], export["uri"]) for export in status["nbd"]["exports"]])
+    if status["disks"]:
+        print()
+        print_table(("DISK", "LENGTH", "WRITES", "WRITTEN", "FIRST TOUCHES", "WAITS", "LONGEST"), [
+            (name, format_size(disk["length"]), disk["guest"]["writes"], format_size(disk["guest"]["bytes"]),
+             disk["guest"]["touches"], disk["guest"]["waits"], f"{disk['guest']['wait_us_max']} us")
+            for name, disk in status["disks"].items()])
     if snapshots:
         print()
-        print_table(("SNAPSHOT", "LENGTH", "STATE", "RAM", "DISK", "HOLDS"), [_row(found) for found in snapshots])
+        print_table(("SNAPSHOT", "LENGTH", "STATE", "PRESERVED", "RAM", "OF", "DISK", "OF", "HOLDS"), [_row(found) for found in snapshots])
+        for found in snapshots:
+            if found["status"].get("reason"):
+                print(f"{found['disk']}@{found['name']}: {found['status']['reason']}")
     if status["jobs"]:
         print()
         print_table(("JOB", "STATUS", "SOURCE", "TARGET", "DONE", "RATE"), [
             (job["id"], job.get("outcome", job["status"]), f"{job['disk']}@{job['snapshot']}", job["target"],
              f"{format_size(job['current-progress'])} of {format_size(job['total-progress'])}",
              f"{format_size(int(job['bytes-per-s']))}/s") for job in status["jobs"]])
+        for job in status["jobs"]:
+            if job.get("error"):
+                print(f"{job['id']}: {job['error']}")
     return 0
 
 
 def _row(found: dict) -> tuple:
     kept = found["status"]
     return (f"{found['disk']}@{found['name']}", format_size(found["length"]), kept.get("state", ""),
-            format_size(kept.get("ram_bytes", 0)), format_size(kept.get("disk_bytes", 0)), kept.get("holds", 0))
+            *(format_size(kept.get(key, 0)) for key in ("preserved_bytes", "ram_bytes", "ram_limit", "disk_bytes", "disk_limit")),
+            kept.get("holds", 0))

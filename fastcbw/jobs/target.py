@@ -11,7 +11,7 @@ from fastcbw.block.file import FileDevice
 from fastcbw.block.image import same_image
 from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.nbd_uri import is_nbd_uri
-from fastcbw.errors import ImageLocked
+from fastcbw.errors import ImageLocked, JobFailed
 
 #: What a target is called until it is complete.
 INCOMPLETE = ".incomplete"
@@ -25,7 +25,7 @@ class Target:
     target: a path; an NBD URI, whose export is written in place, since nothing can give it a name later; or a BlockDevice, which
         is the caller's and is written as it is.
     sources: paths, NBD URIs and descriptors of the images that are read or served; the target may be none of them.
-    force: an existing regular file is replaced, at complete() and not before.
+    force: an existing regular file is replaced, at complete() and not before; a block device is overwritten.
 
     Raises FileExistsError, ValueError (target is a source, target smaller than the source, a directory, a URI that
     makes no sense), ImageLocked, OSError; then nothing was made or changed.
@@ -39,11 +39,13 @@ class Target:
         self._force = force
         if isinstance(target, BlockDevice):
             self.device = target
-            if hasattr(target, "fileno") and any(same_file(target.fileno(), source) for source in sources):
+            if hasattr(target, "fileno") and any(same_image(target.fileno(), source) for source in sources):
                 raise ValueError(f"target {target.name}: is the source itself (name another device)")
             self._check_length(length)
             return
         path = os.fsdecode(target)
+        if not path:
+            raise ValueError("target: '' names no file")
         if is_nbd_uri(path):
             self._open_in_place(path, length, sources)
             return
@@ -55,7 +57,11 @@ class Target:
             kind = os.stat(path).st_mode
             if stat.S_ISDIR(kind):
                 raise IsADirectoryError(errno.EISDIR, "is a folder; the target is a file in it", path)
+            if not stat.S_ISBLK(kind) and not stat.S_ISREG(kind):
+                raise ValueError(f"target {path}: is a device node, fifo or socket (name a regular file or a block device)")
             if stat.S_ISBLK(kind):
+                if not force:
+                    raise FileExistsError(errno.EEXIST, "is a block device, whose content would be lost (--force overwrites it)", path)
                 self.device = FileDevice(path, exclusive=True)
                 try:
                     self._check_length(length)
@@ -67,7 +73,9 @@ class Target:
             self._check_replaceable(path, force)
         self._path = path
         self._temporary = path + INCOMPLETE
-        if os.path.exists(self._temporary) and any(same_file(self._temporary, source) for source in sources):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise FileNotFoundError(errno.ENOENT, "the target's folder does not exist (make it first)", path)
+        if os.path.exists(self._temporary) and any(same_image(self._temporary, source) for source in sources):
             raise ValueError(f"target {path}: its temporary name {self._temporary} is the source itself (name another file)")
         self._remove_stale(self._temporary)
         self.device = FileDevice(self._temporary, create_length=length, exclusive=True)
@@ -113,6 +121,8 @@ class Target:
         """Remove what an earlier run left, unless a run is still writing it."""
         if not os.path.lexists(path):
             return
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "is in the way, and no file that a backup left (remove it)", path)
         try:
             if os.path.getsize(path):
                 FileDevice(path, exclusive=True).close()
@@ -130,10 +140,28 @@ class Target:
         self.device.flush()
 
     def complete(self) -> None:
-        """Give the target its name. Call sync() before. FileExistsError when somebody else made that file meanwhile."""
-        self._close()
-        if self._temporary is None:
-            return
+        """Give the target its name. Call sync() before.
+
+        The lock is kept until it has its name, so that no other backup takes it for a stale one. FileExistsError when
+        somebody else made a file of that name meanwhile, JobFailed when the file that was written is no longer there.
+        """
+        try:
+            if self._temporary is not None:
+                self._check_still_ours()
+                self._give_name()
+        finally:
+            self._close()
+
+    def _check_still_ours(self) -> None:
+        ours = os.fstat(self.device.fileno())
+        try:
+            found = os.lstat(self._temporary)
+        except FileNotFoundError:
+            found = None
+        if found is None or (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
+            raise JobFailed(f"{self._temporary}: was removed or replaced by somebody else while it was written")
+
+    def _give_name(self) -> None:
         if self._force:
             os.replace(self._temporary, self._path)
         else:
@@ -155,11 +183,16 @@ class Target:
 
     def discard(self) -> bool:
         """Remove what was written; False when it can't be removed (a device): it is incomplete and stays."""
-        self._close()
-        if self._temporary is None:
-            return False
-        os.unlink(self._temporary)
-        return True
+        try:
+            if self._temporary is None:
+                return False
+            self._check_still_ours()
+            os.unlink(self._temporary)
+            return True
+        except JobFailed:
+            return True         # somebody else removed it, and what is there now is theirs
+        finally:
+            self._close()
 
     def leave(self) -> str:
         """Leave it as it is, under the name that says incomplete; return the words for the error message."""

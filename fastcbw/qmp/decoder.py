@@ -36,6 +36,13 @@ def _constant(text):
     raise ValueError(f"{text} is no JSON")
 
 
+def _number(text):
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
 class Decoder:
     """Cut a stream into JSON values; feed() yields each as soon as it is complete.
 
@@ -88,9 +95,11 @@ class Decoder:
                 yield None, reason
                 continue
             try:
-                value = json.loads(text, object_pairs_hook=_members, parse_constant=_constant)
-            except (ValueError, RecursionError) as error:
-                yield None, f"JSON parse error, {error or 'nested too deep'}"
+                value = json.loads(text, object_pairs_hook=_members, parse_constant=_constant, parse_float=_number)
+            except RecursionError:
+                yield None, "JSON parse error, nested too deep"
+            except ValueError as error:
+                yield None, f"JSON parse error, {error}"
             else:
                 yield value, None
 
