@@ -227,6 +227,8 @@ class Snapshot:
 
     def close(self) -> None:
         """Delete the snapshot. Error while exports with clients, or jobs, hold it. Closing twice is no error."""
+        if self.disk._closed:
+            return              # it went with the disk; in the child of a fork it is the parent's
         server = self._exported_by
         if server is not None and not self._closed:
             # First the clients: this waits for those that have hung up already, and refuses while others are there.
