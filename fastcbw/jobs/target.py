@@ -39,7 +39,9 @@ class Target:
         self._force = force
         if isinstance(target, BlockDevice):
             self.device = target
-            if hasattr(target, "fileno") and any(same_file(target.fileno(), source) for source in sources):
+            if isinstance(target, NbdDevice):
+                self._check_other(target.uri, sources)
+            elif hasattr(target, "fileno") and any(same_image(target.fileno(), source) for source in sources):
                 raise ValueError(f"target {target.name}: is the source itself (name another device)")
             self._check_length(length)
             return
@@ -67,7 +69,7 @@ class Target:
             self._check_replaceable(path, force)
         self._path = path
         self._temporary = path + INCOMPLETE
-        if os.path.exists(self._temporary) and any(same_file(self._temporary, source) for source in sources):
+        if os.path.exists(self._temporary) and any(same_image(self._temporary, source) for source in sources):
             raise ValueError(f"target {path}: its temporary name {self._temporary} is the source itself (name another file)")
         self._remove_stale(self._temporary)
         self.device = FileDevice(self._temporary, create_length=length, exclusive=True)

@@ -351,8 +351,8 @@ def test_bad_targets_name_themselves(snapshot, tmp_path):
         snapshot.backup(tmp_path, force=True)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         snapshot.backup(tmp_path / "nowhere" / "b.img")
-    with pytest.raises(ValueError, match="nbd"):
-        snapshot.backup("nbd://host/x")
+    with pytest.raises(ValueError, match="nbds://host/x: TLS"):
+        snapshot.backup("nbds://host/x")
     with pytest.raises(TypeError):
         snapshot.backup(7.5)
     snapshot.close()
