@@ -195,7 +195,7 @@ def test_no_more_than_the_limit_of_snapshots(disk):
 
 @pytest.mark.parametrize("image, error, words", [
     ("missing.img", FileNotFoundError, "missing.img"), (".", IsADirectoryError, "director"), ("", OSError, None), ("empty.img", OSError, "empty"),
-    (7.5, TypeError, None), (None, TypeError, None), ("qcow2.img", fastcbw.FormatRefused, "qcow2"), ("nbd://host/export", ValueError, "nbd://host/export"),
+    (7.5, TypeError, None), (None, TypeError, None), ("qcow2.img", fastcbw.FormatRefused, "qcow2"), ("nbds://host/export", ValueError, "nbds://host/export: TLS"),
 ])
 def test_bad_images_are_refused(tmp_path, monkeypatch, image, error, words):
     monkeypatch.chdir(tmp_path)

@@ -39,7 +39,9 @@ class Target:
         self._force = force
         if isinstance(target, BlockDevice):
             self.device = target
-            if hasattr(target, "fileno") and any(same_image(target.fileno(), source) for source in sources):
+            if isinstance(target, NbdDevice):
+                self._check_other(target.uri, sources)
+            elif hasattr(target, "fileno") and any(same_image(target.fileno(), source) for source in sources):
                 raise ValueError(f"target {target.name}: is the source itself (name another device)")
             self._check_length(length)
             return

@@ -353,6 +353,8 @@ def test_bad_targets_name_themselves(snapshot, tmp_path):
         snapshot.backup(tmp_path / "nowhere" / "b.img")
     with pytest.raises(OSError, match="nbd"):
         snapshot.backup(f"nbd+unix:///x?socket={tmp_path}/nobody")
+    with pytest.raises(ValueError, match="nbds://host/x: TLS"):
+        snapshot.backup("nbds://host/x")
     with pytest.raises(TypeError):
         snapshot.backup(7.5)
     snapshot.close()

@@ -11,6 +11,7 @@ import fastcbw
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.nbd import NbdDevice
 from fastcbw.export.nbd.server import Server
 
 MIB = 1 << 20
@@ -40,9 +41,17 @@ def server(tmp_path):
         yield server
 
 
-def test_a_uri_is_a_disk_with_snapshots_and_backups(tmp_path, server, image, content):
-    server.add_export("vm", FileDevice(image))
-    with fastcbw.open(server.uri("vm")) as disk:
+@pytest.fixture
+def served(server, image):
+    """The URI of the image, which that server has as `vm`."""
+    with FileDevice(image) as device:
+        server.add_export("vm", device)
+        yield server.uri("vm")
+        server.close()
+
+
+def test_a_uri_is_a_disk_with_snapshots_and_backups(tmp_path, served, image, content):
+    with fastcbw.open(served) as disk:
         assert disk.name == "vm"
         snapshot = disk.snapshot("s")
         disk.write(0, b"\x99" * 3 * MIB)
@@ -69,18 +78,19 @@ def test_a_backup_to_a_uri_is_the_snapshot_whatever_was_there(server, image, con
     assert counting.requests["flush"] > 0
 
 
-def test_a_target_that_is_too_short_or_the_source_itself_is_refused_and_unchanged(tmp_path, server, image):
+def test_a_target_that_is_too_short_or_the_source_itself_is_refused_and_unchanged(tmp_path, server, served):
     short = MemoryDevice(LENGTH - 1)
     server.add_export("short", short)
-    server.add_export("vm", FileDevice(image))
     server.add_export("ro", MemoryDevice(LENGTH), read_only=True)
     (tmp_path / "alias.sock").symlink_to(tmp_path / "s.sock")
-    with fastcbw.open(server.uri("vm")) as disk, disk.snapshot("s") as snapshot:
+    with fastcbw.open(served) as disk, disk.snapshot("s") as snapshot:
         with pytest.raises(ValueError, match=f"target .*short.*: its {LENGTH - 1} bytes are less"):
             snapshot.backup(server.uri("short"))
-        for uri in (server.uri("vm"), f"nbd+unix:///%76m?socket={tmp_path}/alias.sock"):
+        for uri in (served, f"nbd+unix:///%76m?socket={tmp_path}/alias.sock"):
             with pytest.raises(ValueError, match="is the source itself"):
                 snapshot.backup(uri)
+        with NbdDevice(served, read_only=True) as device, pytest.raises(ValueError, match="is the source itself"):
+            snapshot.backup(device)
         with pytest.raises(PermissionError, match="the server exports it read-only"):
             snapshot.backup(server.uri("ro"))
         with pytest.raises(FileNotFoundError, match="the server has no export 'none'"):
@@ -110,9 +120,8 @@ def test_a_target_that_fails_is_called_incomplete_with_the_servers_words(server,
     assert str(caught.value).endswith(f"{uri} is incomplete")
 
 
-def test_a_source_that_goes_away_fails_the_job_and_names_the_reason(tmp_path, server, image):
-    server.add_export("vm", FileDevice(image))
-    with fastcbw.open(server.uri("vm"), read_only=True) as disk, disk.snapshot("s") as snapshot:
+def test_a_source_that_goes_away_fails_the_job_and_names_the_reason(tmp_path, server, served):
+    with fastcbw.open(served, read_only=True) as disk, disk.snapshot("s") as snapshot:
         server.remove_export("vm", force=True)
         with pytest.raises(fastcbw.JobFailed, match="the server closed the connection"):
             snapshot.backup(tmp_path / "out.img").wait(60)
