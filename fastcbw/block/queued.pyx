@@ -1,0 +1,126 @@
+"""For tests and benchmarks: QueuedDevice, a filter that sends every request through an IoQueue, so that what tests a
+device tests the queue; and a load that keeps a queue full.
+
+Any thread may call; they take turns. A request is submitted, then waited for, so there is never more than one under way.
+"""
+
+from cpython.ref cimport PyObject
+from libc.errno cimport EIO
+from libc.stdint cimport int64_t, uint64_t
+
+import os as _os
+
+from fastcbw.block.device cimport BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO
+from fastcbw.block.queue cimport IoDone, IoQueue
+from fastcbw.block.sys cimport iovec
+from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+
+
+cdef class QueuedDevice(BlockDevice):
+    """CHILD, by way of a queue of ENGINE. Closing it closes the queue and the child."""
+
+    def __cinit__(self, BlockDevice child not None, str engine):
+        self.queue = IoQueue(engine, 4)
+        pthread_mutex_init(&self.mutex, NULL)
+        self.ready = True
+        self.child = child
+        self.length = child.length
+        self.name = child.name
+        self.read_only = child.read_only
+
+    def __dealloc__(self):
+        if self.ready:
+            pthread_mutex_destroy(&self.mutex)
+
+    def close(self):
+        """Close the queue and the child."""
+        self.closed = True
+        self.queue.close()
+        self.child.close()
+
+    cdef int run(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef IoDone done
+        cdef uint64_t cookie = <uint64_t>offset ^ 0x5a5a
+        cdef int code
+        pthread_mutex_lock(&self.mutex)
+        code = self.queue.submit(operation, <PyObject *>self.child, vector, count, offset, length, flags, cookie)
+        if code == 0:
+            code = self.queue.poll(&done, 1, 1, -1)
+            code = done.code if code == 1 and done.cookie == cookie and self.queue.in_flight == 0 else -EIO
+        pthread_mutex_unlock(&self.mutex)
+        return code
+
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
+        return self.child.fail(code, operation, offset, length)
+
+    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
+        return self.child.explain(code, text, size)
+
+    cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        return self.run(IO_READ, vector, count, offset, length, 0)
+
+    cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return self.run(IO_WRITE, vector, count, offset, length, flags)
+
+    cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return self.run(IO_ZERO, NULL, 0, offset, length, flags)
+
+    cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return self.run(IO_DISCARD, NULL, 0, offset, length, flags)
+
+    cdef int sync(self) noexcept nogil:
+        return self.run(IO_SYNC, NULL, 0, 0, 0, 0)
+
+    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
+        return self.child.block_status(offset, length, flags)
+
+
+def drive(IoQueue queue not None, BlockDevice device not None, const int64_t[::1] offsets not None, unsigned char[::1] memory not None,
+          int64_t block, *, bint write=False):
+    """Read (or write) BLOCK bytes at each of OFFSETS, as many under way as the queue is deep; return the seconds it took.
+
+    memory: queue.depth * block bytes, one place for each request under way. Raises OSError for the first that fails.
+    """
+    cdef IoDone done[64]
+    cdef iovec vector
+    cdef int64_t i = 0, count = offsets.shape[0], first_ns, length = block
+    cdef int code = 0, got, n
+    cdef uint64_t place = 0
+    cdef const int64_t *at
+    cdef unsigned char *room
+    if memory.shape[0] < queue.depth * block or queue.in_flight:
+        raise ValueError(f"memory: {memory.shape[0]} bytes for {queue.depth} requests of {block}, {queue.in_flight} under way")
+    for offset in offsets:
+        device.check_range(offset, block)
+    vector.iov_len = <size_t>block
+    if count == 0:
+        return 0.0
+    at = &offsets[0]
+    room = &memory[0]
+    with nogil:
+        first_ns = now_ns()
+        while (i < count and code == 0) or queue.in_flight > 0:
+            got = queue.poll(done, 64, 1 if queue.in_flight == queue.depth or i == count or code else 0, -1)
+            n = 0
+            while n < got:
+                if done[n].code:
+                    code = done[n].code
+                n += 1
+            # Each that ended makes room for one, in its place; in the beginning all places are free.
+            n = 0
+            while i < count and code == 0 and queue.in_flight < queue.depth:
+                if n < got:
+                    place = done[n].cookie
+                    n += 1
+                else:
+                    place = <uint64_t>queue.in_flight
+                vector.iov_base = room + <int64_t>place * block
+                if write:
+                    code = queue.submit_write(<PyObject *>device, &vector, 1, at[i], length, 0, place)
+                else:
+                    code = queue.submit_read(<PyObject *>device, &vector, 1, at[i], length, place)
+                i += 1
+        first_ns = now_ns() - first_ns
+    if code:
+        raise OSError(-code, _os.strerror(-code))
+    return first_ns / 1e9
