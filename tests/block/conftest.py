@@ -4,11 +4,7 @@ import gc
 import os
 import pathlib
 import tempfile
-<<<<<<< HEAD
-import threading
-=======
 import time
->>>>>>> 7b4c5b48d5bc4d59df9fbcb1a21d38b2cc4ffa18
 
 import pytest
 from nbd_servers import SERVERS, ServedDevices
@@ -68,101 +64,8 @@ def shm_path():
         yield pathlib.Path(path)
 
 
-<<<<<<< HEAD
-KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", *SERVERS)
-=======
-def listening(path):
-    """Tell whether a connection to the unix socket PATH is accepted."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
-@contextlib.contextmanager
-def process(*command, answers):
-    """Run a server until the end of the block, from when somebody listens on the unix socket ANSWERS."""
-    with subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
-        try:
-            deadline = time.monotonic() + 20
-            while not listening(answers):
-                assert server.poll() is None and time.monotonic() < deadline, (command, server.poll(), server.stderr.read())
-                time.sleep(0.002)
-            yield server
-        finally:
-            server.kill()
-
-
-class Served:
-    """One NBD server for many devices in turn, each of another length: served(length) -> (URI, keywords of NbdDevice)."""
-
-    def __init__(self, folder):
-        self.path = folder / "nbd.sock"
-        self.uri = f"nbd+unix:///vm?socket={self.path}"
-        self.stack = contextlib.ExitStack()
-
-    def serve(self, length):
-        raise NotImplementedError
-
-    def close(self):
-        self.stack.close()
-        self.path.unlink(missing_ok=True)
-
-
-class OurServer(Served):
-    """connections: None for what the server promises, or how many."""
-
-    connections = None
-
-    def serve(self, length):
-        server = self.stack.enter_context(Server(self.path))
-        server.add_export("vm", MemoryDevice(length))
-        return NbdDevice(self.uri, connections=self.connections, in_flight="64K")
-
-
-class OurServerOneConnection(OurServer):
-    connections = 1
-
-
-class Nbdkit(Served):
-    """nbdkit, which has structured replies for reads and block status, and many plugins without this or that."""
-
-    plugin = "memory"
-
-    def arguments(self, length):
-        return [str(length)]
-
-    def serve(self, length):
-        self.stack.enter_context(process(
-            "nbdkit", "-f", "-U", self.path, "-e", "vm", self.plugin, *self.arguments(length), answers=self.path))
-        return NbdDevice(self.uri)
-
-
-class NbdkitFile(Nbdkit):
-    plugin = "file"
-
-    def arguments(self, length):
-        image = self.path.with_name("image")
-        image.unlink(missing_ok=True)
-        with open(image, "wb") as file:
-            file.truncate(length)
-        return [str(image)]
-
-
-class NbdkitPlain(Nbdkit):
-    """Nothing but reads and writes: no structured replies, FUA, zeroes, trim, several connections."""
-
-    def serve(self, length):
-        self.stack.enter_context(process(
-            "nbdkit", "-f", "-U", self.path, "-e", "vm", "--no-sr", "--filter=nozero", "--filter=fua", "--filter=noextents",
-            "--filter=multi-conn", "memory", str(length), "multi-conn-mode=disable", answers=self.path))
-        return NbdDevice(self.uri, connections=3)
-
-
-# QEMU's servers are in test_nbd_peers.py: their exports are multiples of 512 bytes.
-SERVERS = {"nbd": OurServer, "nbd, one connection": OurServerOneConnection, "nbdkit": Nbdkit, "nbdkit file": NbdkitFile,
-           "nbdkit plain": NbdkitPlain}
 KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", *SERVERS,
          *(f"queue {engine} {kind}" for engine in ("sync", "threads", "uring") for kind in ("file", "direct", "memory")))
->>>>>>> 7b4c5b48d5bc4d59df9fbcb1a21d38b2cc4ffa18
 
 
 @pytest.fixture(params=KINDS)
