@@ -135,12 +135,14 @@ def test_snapshots_are_instants_and_constant_under_concurrent_writers(kind, seed
     for thread in guest.threads:
         thread.start()
     try:
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end and not guest.errors:
+        began = time.monotonic()
+        # On a slow or busy machine longer, until something has happened: snapshots, and one that its caches were too small for.
+        while not guest.errors and time.monotonic() < began + (SECONDS if taken > 3 and broken else 10 * SECONDS):
             if len(engine.snapshots) < 5 and rng.random() < 0.3:
                 number += 1
                 new = take(engine, guest, f"s{number}", **room(rng, shm_path))
                 watched += [new] if new else []
+                broken += new is None
                 taken += 1
             for snapshot in list(watched):
                 try:
@@ -157,9 +159,7 @@ def test_snapshots_are_instants_and_constant_under_concurrent_writers(kind, seed
         for thread in guest.threads:
             thread.join(20)
     assert guest.errors == []
-    assert taken > 3 and guest.writes > 100
-    if kind != "python":
-        assert broken > 0       # the caches were too small
+    assert taken > 3 and broken and guest.writes > 100
     for snapshot in watched:    # at rest, once more, all of it
         if snapshot.view.broken is None:
             assert snapshot.view.read(0, len(snapshot.image)) == snapshot.image
