@@ -34,6 +34,7 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     read_only: bool = False,
     lock: bool = True,
     direct: bool = False,
+    io: str = "sync",
 ) -> Disk:
     """Open a disk with the copy-before-write filter on it.
 
@@ -42,11 +43,12 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     format: "raw" takes the bytes of a file as they are, whatever magic they carry.
     lock: take the image locks that QEMU understands.
     direct: past the page cache (O_DIRECT); OSError where the file system has none.
+    io: "sync", "threads" or "uring": who does requests that need not be waited for at once; OSError where it is not there.
     Raises FormatRefused, ImageLocked, OSError, ValueError; nothing is left open.
     """
     if name is not None:
         check_name(name, "disk name")
-    device = as_device(image, format=format, read_only=read_only, lock=lock, direct=direct)
+    device = as_device(image, format=format, read_only=read_only, lock=lock, direct=direct, io=io)
     owned = device is not image
     try:
         return Disk(device, name=name or _default_name(image, device), owned=owned)

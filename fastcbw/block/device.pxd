@@ -19,10 +19,28 @@ cdef enum:
     STATUS_HOLE = 1     # not allocated
     STATUS_ZERO = 2     # reads as zeroes
 
+    # operations, of what is under way in a queue
+    IO_READ = 0
+    IO_WRITE = 1
+    IO_ZERO = 2
+    IO_DISCARD = 3
+    IO_SYNC = 4
+    # engines: who does the requests of a queue
+    ENGINE_SYNC = 0     # the thread that submits, at once
+    ENGINE_THREADS = 1
+    ENGINE_URING = 2    # the kernel; threads do what it can't
+
+# What the kernel is to be asked for in place of a method; lies in the slot of a queue from queue_begin to queue_end.
+cdef struct KernelIo:
+    int fd
+    int64_t own[6]      # the device's
+
 cdef class BlockDevice:
     cdef readonly int64_t length        # bytes, fixed for the life of the device
     cdef readonly str name              # for messages: a node name or a file name
     cdef readonly bint read_only
+    cdef readonly bint queueable        # a queue may have requests done by other threads or the kernel; else it does them at once
+    cdef int io_engine                  # ENGINE_*: what a queue for this device is to be made with; `io` in Python
     cdef bint closed                    # set by close(): the Python doors refuse, cdef methods are no longer called
 
     cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil
@@ -36,6 +54,12 @@ cdef class BlockDevice:
     cdef int sync(self) noexcept nogil                  # all that was acknowledged before is on stable storage
     # The first extent of the range: its length (1..length) with *flags, or -errno. Holes are the truth at some moment of the call.
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil
+    # Whether a read, write or sync may be asked of the kernel in place of preadv, pwritev, sync: True with *io, then queue_end must
+    # follow when the kernel has ended it. Never waits. False: call the method (in a thread that may wait).
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil
+    # CODE: of a sync what the kernel answered, else 0 (who failed is done again by the method).
+    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil
     # What a code that a method returned means: the words go to TEXT (SIZE bytes, ended by 0); returns the errno to show outside.
     # A device with verdicts of its own, codes below -999, overrides it.
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil

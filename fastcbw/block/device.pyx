@@ -26,6 +26,17 @@ ZERO = STATUS_ZERO
 cdef int64_t ZEROES_CHUNK = 1 << 20
 
 
+#: Names of the engines of a queue, by number.
+ENGINES = ("sync", "threads", "uring")
+
+
+def engine_number(name):
+    """Return the number of the engine NAME; ValueError naming what exists."""
+    if name not in ENGINES:
+        raise ValueError(f"io: {name!r} is no engine (there are {', '.join(ENGINES)})")
+    return ENGINES.index(name)
+
+
 def os_error(code, what):
     """Return the OSError for errno CODE with WHAT (device, operation, offset, length) in the message.
 
@@ -98,6 +109,13 @@ cdef class BlockDevice:
         flags[0] = 0
         return length
 
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil:
+        return False
+
+    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+        pass
+
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
         snprintf(text, size, "%s", strerror(-code))
         return -code
@@ -124,6 +142,11 @@ cdef class BlockDevice:
     cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
         """Raise for -errno. Subclasses whose errors carry more (a broken snapshot) override it."""
         raise os_error(-code, f"{self.name}: {operation} {offset}+{length}")
+
+    @property
+    def io(self):
+        """The engine that queues for this device are to be made with: "sync", "threads" or "uring"."""
+        return ENGINES[self.io_engine]
 
     def read(self, int64_t offset, int64_t length):
         """Return LENGTH bytes at OFFSET."""

@@ -18,5 +18,6 @@ class DirectDevice(FileDevice):
         name: str | None = None,
         lock: bool = True,
         exclusive: bool = False,
+        io: str = "sync",
         alignment: int | None = None,
     ) -> None: ...

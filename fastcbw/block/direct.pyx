@@ -27,7 +27,7 @@ from libc.stdlib cimport free
 import errno as _errno
 import os as _os
 
-from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA
+from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA, IO_READ, IO_WRITE, KernelIo
 from fastcbw.block.file cimport FileDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport (cond_init, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -78,7 +78,7 @@ cdef class DirectDevice(FileDevice):
     """
 
     def __cinit__(self, path, *, bint read_only=False, create_length=None, str name=None, bint lock=True,
-                  bint exclusive=False, alignment=None):
+                  bint exclusive=False, str io="sync", alignment=None):
         self.edge_fd = -1
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.ended)
@@ -431,3 +431,19 @@ cdef class DirectDevice(FileDevice):
         code = FileDevice.discard_at(self, first, last - first, flags)
         self.end_write(&mine)
         return code
+
+    # -- data plane: for queues
+
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil:
+        if operation == IO_READ or operation == IO_WRITE and not flags & FUA:
+            if not self.straight(vector, count, offset, length):
+                return False
+            if operation == IO_WRITE and not self.try_begin_write(<WriteRange *>io.own, offset, length):
+                return False
+        return FileDevice.queue_begin(self, operation, vector, count, offset, length, flags, io)
+
+    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+        if operation == IO_WRITE:
+            self.end_write(<WriteRange *>io.own)
+        FileDevice.queue_end(self, operation, io, code)

@@ -16,5 +16,6 @@ class FileDevice(BlockDevice):
         name: str | None = None,
         lock: bool = True,
         exclusive: bool = False,
+        io: str = "sync",
     ) -> None: ...
     def fileno(self) -> int: ...

@@ -15,7 +15,9 @@ import stat as _stat
 
 from fastcbw.block import locks as _locks
 from fastcbw.block.device import os_error as _os_error
-from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA, MAY_UNMAP, STATUS_HOLE, STATUS_ZERO
+from fastcbw.block.device cimport (BlockDevice, FAST_ONLY, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo, MAY_UNMAP,
+                                   STATUS_HOLE, STATUS_ZERO)
+from fastcbw.block.queue import check_engine as _check_engine
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport load32_relaxed, store32_relaxed
 from fastcbw.units import parse_size
@@ -68,14 +70,16 @@ cdef class FileDevice(BlockDevice):
     name: for messages; default: the path.
     lock: take the image locks that QEMU understands (block/locks.py).
     exclusive: with lock, share nothing with anybody: what the target of a backup wants.
+    io: the engine of queues for this device, "sync", "threads" or "uring"; one that is not there is an OSError.
 
     Raises OSError with the file's name (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError, ...),
     fastcbw.ImageLocked, ValueError for a length that makes no sense; nothing is left open, and no file is left made.
     """
 
     def __cinit__(self, path, *, bint read_only=False, create_length=None, str name=None, bint lock=True,
-                  bint exclusive=False, alignment=None):
+                  bint exclusive=False, str io="sync", alignment=None):
         self.fd = -1
+        self.io_engine = _check_engine(io)
         if alignment is not None and type(self) is FileDevice:
             raise ValueError(f"alignment: {alignment} means nothing through the page cache (it is DirectDevice's)")
         self.path = _os.fsdecode(path)
@@ -124,6 +128,7 @@ cdef class FileDevice(BlockDevice):
             self.sector = sector
         else:
             self.in_memory = fcbw_in_memory(self.fd)
+        self.queueable = not self.in_memory     # a thread or the kernel would only take longer
         self.length = _os.lseek(self.fd, 0, _os.SEEK_END)
         if self.length == 0:
             _refuse(_errno.EINVAL, "is empty; an image has at least one byte", self.path)
@@ -292,6 +297,18 @@ cdef class FileDevice(BlockDevice):
         if code:
             store32_relaxed(&self.sync_errno, <uint32_t>(-code))
         return code
+
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil:
+        # Not a durable write: pwritev_durable tells a write that failed from a sync that failed.
+        io.fd = self.fd
+        if operation == IO_SYNC:
+            return load32_relaxed(&self.sync_errno) == 0
+        return operation == IO_READ or operation == IO_WRITE and not flags & FUA
+
+    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+        if operation == IO_SYNC and code:
+            store32_relaxed(&self.sync_errno, <uint32_t>(-code))
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         cdef bint hole = False

@@ -27,6 +27,7 @@ def open_image(
     lock: bool = True,
     name: str | None = None,
     direct: bool = False,
+    io: str = "sync",
 ) -> FileDevice | DirectDevice | NbdDevice:
     """Open an image file, a block device, or an NBD export by its URI.
 
@@ -34,6 +35,7 @@ def open_image(
     format: "raw" takes the bytes as they are; None also, unless they carry the magic of another format.
     read_only, lock, name: as for FileDevice; who else has an export is its server's business, so lock has no meaning there.
     direct: past the page cache (O_DIRECT); ValueError for an NBD URI.
+    io: "sync", "threads" or "uring": who does requests that need not be waited for at once; ValueError for an NBD URI.
     Raises FormatRefused, ImageLocked, OSError with the file's name or the URI; ValueError for a format or a kind of URI that is
     not built; nothing is left open.
     """
@@ -43,9 +45,11 @@ def open_image(
     if is_nbd_uri(text):
         if direct:
             raise ValueError(f"direct: {text}: is the NBD server's to choose (open a file or a block device past the page cache)")
+        if io != "sync":
+            raise ValueError(f"io: {text}: {io!r} is for files and block devices (an NBD connection has requests under way by itself)")
         device = NbdDevice(text, read_only=read_only, name=name)
     else:
-        device = (DirectDevice if direct else FileDevice)(text, read_only=read_only, lock=lock, name=name)
+        device = (DirectDevice if direct else FileDevice)(text, read_only=read_only, lock=lock, name=name, io=io)
     try:
         if format is None:
             refuse_format(device, text)
@@ -63,6 +67,7 @@ def as_device(
     lock: bool = True,
     name: str | None = None,
     direct: bool = False,
+    io: str = "sync",
 ) -> BlockDevice:
     """Return the device that IMAGE is, or is made into: a BlockDevice as it is, a Device adapted, a path opened.
 
@@ -73,10 +78,12 @@ def as_device(
         device = PythonDevice(image, name=name) if isinstance(image, Device) else image
         if direct:
             raise ValueError(f"direct: {device.name}: the device exists already (open the file itself with direct)")
+        if io != "sync":
+            raise ValueError(f"io: {device.name}: the device exists already (open the file itself with io={io!r})")
         if read_only and not device.read_only:
             raise ValueError(f"read_only: {device.name}: the device exists already and is writable (open it read-only itself)")
         return device
-    return open_image(image, format=format, read_only=read_only, lock=lock, name=name, direct=direct)
+    return open_image(image, format=format, read_only=read_only, lock=lock, name=name, direct=direct, io=io)
 
 
 def check_format(format: str | None) -> None:

@@ -4,7 +4,7 @@ import gc
 import os
 import pathlib
 import tempfile
-import threading
+import time
 
 import pytest
 from nbd_servers import SERVERS, ServedDevices
@@ -15,6 +15,7 @@ from fastcbw.block.fault import FaultDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.python import HOLE, ZERO, Device, PythonDevice
+from fastcbw.block.queued import QueuedDevice
 from fastcbw.export.nbd.server import Server
 
 
@@ -44,12 +45,15 @@ class Bytes(Device):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """Fail a test that leaves a thread or a descriptor."""
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    """Fail a test that leaves a thread, also one that Python knows nothing of, or a descriptor."""
+    before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     yield
-    if (len(os.listdir("/proc/self/fd")), threading.active_count()) > before:
+    if len(os.listdir("/proc/self/fd")) > before[0] or len(os.listdir("/proc/self/task")) > before[1]:
         gc.collect()    # what hangs in a cycle, a traceback say, is not left behind
-    assert threading.active_count() <= before[1]
+    deadline = time.monotonic() + 10    # a thread that was joined may be in the list for a moment
+    while len(os.listdir("/proc/self/task")) > before[1] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(os.listdir("/proc/self/task")) <= before[1]
     assert len(os.listdir("/proc/self/fd")) <= before[0]
 
 
@@ -60,7 +64,8 @@ def shm_path():
         yield pathlib.Path(path)
 
 
-KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", *SERVERS)
+KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", *SERVERS,
+         *(f"queue {engine} {kind}" for engine in ("sync", "threads", "uring") for kind in ("file", "direct", "memory")))
 
 
 @pytest.fixture(params=KINDS)
@@ -73,7 +78,16 @@ def make_device(request, tmp_path, shm_path):
             made.pop().close()
         for folder in (tmp_path, shm_path):
             (folder / "image").unlink(missing_ok=True)
-        match request.param:
+        match request.param.split(" ") if request.param.startswith("queue") else request.param:
+            case ["queue", engine, kind]:
+                match kind:
+                    case "file":
+                        child = FileDevice(tmp_path / "image", create_length=length, io=engine)
+                    case "direct":
+                        child = DirectDevice(tmp_path / "image", create_length=length, io=engine)
+                    case "memory":
+                        child = MemoryDevice(length)
+                device = QueuedDevice(child, engine)
             case "memory":
                 device = MemoryDevice(length)
             case "tmpfs file":
