@@ -56,6 +56,18 @@ def full(request):
     return request.config.getoption("--bench-size") == "full"
 
 
+@pytest.fixture(name="host")
+def host_facts():
+    """What a figure means nothing without, as a dict."""
+    return host()
+
+
+@pytest.fixture
+def note(request):
+    """note(line): a line of the summary, for benchmarks that `beside` does not fit."""
+    return request.config.stash[RATIOS].append
+
+
 def seconds_per_call(call, number):
     begin = time.perf_counter()
     for _ in range(number):

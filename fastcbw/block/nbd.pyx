@@ -99,6 +99,7 @@ cdef class NbdDevice(BlockDevice):
         self.owned = tuple(opened)
         self.connections = len(opened)
         self.length = first.length
+        self.queueable = True       # every request waits for the server
         self.flags = first.flags
         self.structured = all(other.structured for other in made)
         self.has_status = all(other.allocation_context is not None for other in made)

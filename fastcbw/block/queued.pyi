@@ -1,4 +1,10 @@
+from typing import Any
+
+from numpy.typing import NDArray
+from typing_extensions import Buffer
+
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.queue import IoQueue
 
 class QueuedDevice(BlockDevice):
     """A device whose every request goes through a queue."""
@@ -6,3 +12,7 @@ class QueuedDevice(BlockDevice):
     @property
     def child(self) -> BlockDevice: ...
     def __init__(self, child: BlockDevice, engine: str) -> None: ...
+
+def drive(
+    queue: IoQueue, device: BlockDevice, offsets: NDArray[Any], memory: Buffer, block: int, *, write: bool = False
+) -> float: ...

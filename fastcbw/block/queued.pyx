@@ -1,14 +1,19 @@
-"""QueuedDevice: a filter that sends every request through an IoQueue, so that what tests a device tests the queue.
+"""For tests and benchmarks: QueuedDevice, a filter that sends every request through an IoQueue, so that what tests a
+device tests the queue; and a load that keeps a queue full.
 
 Any thread may call; they take turns. A request is submitted, then waited for, so there is never more than one under way.
 """
 
 from cpython.ref cimport PyObject
 from libc.errno cimport EIO
+from libc.stdint cimport int64_t, uint64_t
+
+import os as _os
 
 from fastcbw.block.device cimport BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO
 from fastcbw.block.queue cimport IoDone, IoQueue
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from fastcbw.block.sys cimport iovec
+from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
 cdef class QueuedDevice(BlockDevice):
@@ -68,3 +73,54 @@ cdef class QueuedDevice(BlockDevice):
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         return self.child.block_status(offset, length, flags)
+
+
+def drive(IoQueue queue not None, BlockDevice device not None, const int64_t[::1] offsets not None, unsigned char[::1] memory not None,
+          int64_t block, *, bint write=False):
+    """Read (or write) BLOCK bytes at each of OFFSETS, as many under way as the queue is deep; return the seconds it took.
+
+    memory: queue.depth * block bytes, one place for each request under way. Raises OSError for the first that fails.
+    """
+    cdef IoDone done[64]
+    cdef iovec vector
+    cdef int64_t i = 0, count = offsets.shape[0], first_ns, length = block
+    cdef int code = 0, got, n
+    cdef uint64_t place = 0
+    cdef const int64_t *at
+    cdef unsigned char *room
+    if memory.shape[0] < queue.depth * block or queue.in_flight:
+        raise ValueError(f"memory: {memory.shape[0]} bytes for {queue.depth} requests of {block}, {queue.in_flight} under way")
+    for offset in offsets:
+        device.check_range(offset, block)
+    vector.iov_len = <size_t>block
+    if count == 0:
+        return 0.0
+    at = &offsets[0]
+    room = &memory[0]
+    with nogil:
+        first_ns = now_ns()
+        while (i < count and code == 0) or queue.in_flight > 0:
+            got = queue.poll(done, 64, 1 if queue.in_flight == queue.depth or i == count or code else 0, -1)
+            n = 0
+            while n < got:
+                if done[n].code:
+                    code = done[n].code
+                n += 1
+            # Each that ended makes room for one, in its place; in the beginning all places are free.
+            n = 0
+            while i < count and code == 0 and queue.in_flight < queue.depth:
+                if n < got:
+                    place = done[n].cookie
+                    n += 1
+                else:
+                    place = <uint64_t>queue.in_flight
+                vector.iov_base = room + <int64_t>place * block
+                if write:
+                    code = queue.submit_write(<PyObject *>device, &vector, 1, at[i], length, 0, place)
+                else:
+                    code = queue.submit_read(<PyObject *>device, &vector, 1, at[i], length, place)
+                i += 1
+        first_ns = now_ns() - first_ns
+    if code:
+        raise OSError(-code, _os.strerror(-code))
+    return first_ns / 1e9

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from fastcbw.block import vectors
+from fastcbw.block.delay import DelayDevice
 from fastcbw.block.direct import DirectDevice
 from fastcbw.block.fault import FaultDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.image import as_device
 from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.queue import IoQueue, check_engine
 
 ENGINES = ("sync", "threads", "uring")
@@ -389,6 +391,7 @@ filter = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.a
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, filter, 0, 0) == 0
 from fastcbw.block.file import FileDevice
+from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.queue import IoQueue
 for make in (lambda: IoQueue("uring"), lambda: FileDevice(sys.argv[1], io="uring")):
     try:
@@ -409,3 +412,17 @@ def test_an_engine_that_the_kernel_refuses_is_an_error_and_never_another_engine(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("io: 'uring': the kernel gives no io_uring: Operation not permitted (take io='threads')") == 2
     assert check_engine("uring") == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_an_nbd_export_is_waited_for_by_the_threads_of_the_queue(served, engine):
+    behind = DelayDevice(MemoryDevice(1 << 16))
+    uri = served("vm", behind)
+    memory = bytearray(100)
+    with NbdDevice(uri) as device, IoQueue(engine, 4) as queue:
+        with behind.hold("read", 0, 10):
+            queue.submit_read_into(device, 0, memory, 1)
+            queue.submit_write_from(device, 5000, b"not held up", 2)
+            assert queue.wait(1) == [(2, 0)]
+        assert queue.wait(1) == [(1, 0)]
+    behind.close()
