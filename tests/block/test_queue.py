@@ -426,3 +426,40 @@ def test_an_nbd_export_is_waited_for_by_the_threads_of_the_queue(served, engine)
             assert queue.wait(1) == [(2, 0)]
         assert queue.wait(1) == [(1, 0)]
     behind.close()
+
+
+def threads_of_ours():
+    """The threads of this process, without those of the kernel."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read())
+    return sum(not name.startswith("iou-") for name in names)
+
+
+def test_the_kernel_does_plain_requests_and_threads_the_others(device):
+    before, memory = threads_of_ours(), aligned(BLOCK)
+    with IoQueue("uring", 8) as queue:
+        queue.submit_read_into(device, 0, memory, 1)
+        queue.submit_write_from(device, BLOCK, memory, 2)
+        queue.submit_flush(device, 3)
+        assert sorted(queue.wait(3)) == [(1, 0), (2, 0), (3, 0)]
+        assert threads_of_ours() == before
+        queue.submit_zeroes(device, 0, BLOCK, 4)
+        assert queue.wait(1) == [(4, 0)]
+        assert threads_of_ours() == before + 1
+
+
+def test_a_queue_of_threads_has_no_more_of_them_than_it_is_deep(device):
+    before, memory = threads_of_ours(), aligned(BLOCK)
+    with IoQueue("threads", 3) as queue:
+        for _ in range(20):
+            for cookie in range(3):
+                queue.submit_write_from(device, cookie * BLOCK, memory, cookie)
+            assert len(queue.wait(3)) == 3
+        assert before < threads_of_ours() <= before + 3
+    with IoQueue("threads", 300) as queue:
+        for cookie in range(200):
+            queue.submit_write_from(device, cookie * BLOCK, memory, cookie)
+        assert threads_of_ours() <= before + 32
+        assert len(queue.wait(200)) == 200
