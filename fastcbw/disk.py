@@ -192,7 +192,7 @@ class Snapshot:
     def backup(self, target: str | os.PathLike | BlockDevice, **options: Any) -> BackupJob:
         """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
 
-        Keywords: order="sequential" or "ram-first", workers=4, in_flight="2M", verify=False, force=False. See BackupJob.
+        Keywords: order="sequential" or "ram-first", workers=None, in_flight=None, verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
         if target is self.device or target is self.disk.device or target is self.disk._child:

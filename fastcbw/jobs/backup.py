@@ -8,17 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.nbd import NbdDevice
 from fastcbw.cbw.copier import ORDERS, Copier
 from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.job import Job
 from fastcbw.jobs.target import Target
 from fastcbw.units import parse_size
 
-WORKERS_DEFAULT = 4
+WORKERS_NBD = 4             # to an NBD target: round trips overlap
+WORKERS_LOCAL_MAX = 4       # to a file or device: half the processors, so that the guest has the others
 WORKERS_MAX = 64
 CHUNK_MIN = 4096
+CHUNK_DEFAULT = 256 << 10   # as fast as larger ones on tmpfs, and a guest waits for less of it
 CHUNK_MAX = 1 << 20
-IN_FLIGHT_DEFAULT = "2M"
 
 # Named in INTERFACE, not built yet.
 _LATER = ("rate", "guest_p99", "bitmap", "consume", "resume", "format", "backing")
@@ -30,8 +32,9 @@ class BackupJob(Job):
 
     source: a device whose content does not change (a snapshot).
     target: a path or a BlockDevice, see Target. sources: what the target may not be.
-    order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer. in_flight: bytes of all buffers
-        together (while verifying: twice that). verify: read the target again and compare it with the source.
+    order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer; default: 4 to an NBD target, else half
+        the processors, at most 4. in_flight: bytes of all buffers together (while verifying: twice that); default: 256 KiB
+        for each worker. verify: read the target again and compare it with the source.
     on_release: called once when the job needs the source no more.
 
     Arguments are checked and the target is made here; start() begins to copy.
@@ -43,8 +46,8 @@ class BackupJob(Job):
         target: str | os.PathLike | BlockDevice,
         *,
         order: str = "sequential",
-        workers: int = WORKERS_DEFAULT,
-        in_flight: int | str = IN_FLIGHT_DEFAULT,
+        workers: int | None = None,
+        in_flight: int | str | None = None,
         verify: bool = False,
         force: bool = False,
         sources: list[str | int] = (),
@@ -59,14 +62,23 @@ class BackupJob(Job):
             if value not in (None, False):
                 raise ValueError(f"{option}: {value!r}: this option is not built yet")
         _check_order(order)
-        self.workers = _check_workers(workers)
-        self.chunk = _chunk_for(parse_size(in_flight, "in_flight"), self.workers)
+        if workers is not None:
+            _check_workers(workers)
+        limit = None if in_flight is None else parse_size(in_flight, "in_flight")
+        if limit is not None:
+            _chunk_for(limit, workers or 1)
         self.verify = verify
         self.source = source
         self.order = order
         self.phase = "copy"
         self._on_release = on_release
         self._target = Target(target, source.length, sources=sources, force=force)
+        self.workers = workers or _workers_for(self._target.device)
+        if limit is None:
+            self.chunk = CHUNK_DEFAULT
+        else:
+            self.workers = min(self.workers, limit // CHUNK_MIN)
+            self.chunk = _chunk_for(limit, self.workers)
         self._copier = self._make_copier(comparing=False)
         self._verifier: Copier | None = None
 
@@ -150,6 +162,12 @@ def _check_workers(workers: int) -> int:
     if not 1 <= workers <= WORKERS_MAX:
         raise ValueError(f"workers: {workers} is not within 1 to {WORKERS_MAX}")
     return workers
+
+
+def _workers_for(target: BlockDevice) -> int:
+    if isinstance(target, NbdDevice):
+        return WORKERS_NBD
+    return max(1, min(WORKERS_LOCAL_MAX, (os.cpu_count() or 1) // 2))
 
 
 def _chunk_for(in_flight: int, workers: int) -> int:
