@@ -10,7 +10,6 @@ In flight: workers x chunk bytes of data at most, no queue. The first error wins
 and where; the workers stop after their present piece. A cancelled copier stops likewise.
 """
 
-from cpython.ref cimport PyObject
 from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
@@ -18,7 +17,7 @@ from libc.string cimport memcmp
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport Epoch, Snap, Ticket, bitmap_bytes, enter, leave
+from fastcbw.cbw.state cimport Snap, Ticket, bitmap_bytes, enter, leave
 from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_seq
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic

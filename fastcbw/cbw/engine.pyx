@@ -23,12 +23,11 @@ from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport (ALIVE, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
+from fastcbw.cbw.state cimport (BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
                                 geometry_new, geometry_ref, geometry_unref, snap_break, snap_new, snap_unref)
 from fastcbw.cbw.store cimport SEGMENT_HEADER, Store, store_free, store_new
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport load_relaxed, load_seq
-from fastcbw.kernels.bits cimport bits_count
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
 from fastcbw.cbw.spill import open_spill

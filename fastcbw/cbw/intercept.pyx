@@ -25,7 +25,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
-from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
+from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
                                 claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
                                 is_current, leave, lookup, newest_needing, overlapped, snap_break, snap_ref, snap_unref,
                                 summary_set)

@@ -19,9 +19,8 @@ from libc.stdint cimport int64_t, uint64_t
 from fastcbw.bitmaps.mapping cimport unmap_pages
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
                                  word_tag)
-from fastcbw.cbw.state cimport (ALIVE, DELETED, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
-                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_unref,
-                                summary_set)
+from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
+                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, summary_set)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
 from fastcbw.kernels.atomic cimport cas_seq, load_seq, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic

@@ -19,8 +19,8 @@ from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf, word_position,
                                  word_slot, word_store, word_tag)
-from fastcbw.cbw.state cimport (ALIVE, BROKEN, EngineState, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
-                                WHY_TIMEOUT, enter, leave, lookup, snap_ref, snap_unref)
+from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
+                                WHY_TIMEOUT, enter, leave, lookup, snap_unref)
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
 from fastcbw.kernels.bits cimport bits_any

@@ -14,7 +14,7 @@ that an operation that is counted never sees its epoch refilled.
 """
 
 from cpython.ref cimport PyObject
-from libc.errno cimport ENOMEM, ETIMEDOUT
+from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -23,11 +23,11 @@ from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
 from fastcbw.cbw.store cimport Store, store_free
-from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
+from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq
 from fastcbw.kernels.sparse cimport sparse_mark, summary_bits
-from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy,
+from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
 
 cdef extern from "threads.h" nogil:

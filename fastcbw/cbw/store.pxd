@@ -52,7 +52,6 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
 cdef void store_free(Store *store) noexcept nogil
 # RAM: up to COUNT slots into slots[]; how many there were. Contents are undefined, refs 1, generation bumped.
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil
-cdef void slot_pin(Store *store, int64_t slot) noexcept nogil
 cdef void slot_unref(Store *store, int64_t slot) noexcept nogil
 # Disk: up to COUNT consecutive positions; how many (0: full), *first the first. A run never spans a segment.
 cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogil

@@ -22,7 +22,7 @@ from cpython.ref cimport PyObject
 from fastcbw.bitmaps.mapping cimport map_pages, populate_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.locmap cimport GENERATION_MASK, WORD_DISK, WORD_RAM, word_position, word_slot, word_tag
-from fastcbw.kernels.atomic cimport add32_seq, fence_release, load32_relaxed, store32_relaxed, sub32_seq
+from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, store32_relaxed, sub32_seq
 from fastcbw.kernels.bytes cimport crc32c
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -127,10 +127,6 @@ cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept n
     # back here, and this fence keeps the new data behind that.
     fence_release()
     return taken
-
-
-cdef void slot_pin(Store *store, int64_t slot) noexcept nogil:
-    add32_seq(&store.slots[slot].refs, 1)
 
 
 cdef void slot_unref(Store *store, int64_t slot) noexcept nogil:

@@ -12,8 +12,8 @@ here. Publishing is the guest's thread's again, so that an abandoned copy can ne
 """
 
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, ENOMEM, ENOSPC, ETIMEDOUT
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.errno cimport ENOMEM, ENOSPC, ETIMEDOUT
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 

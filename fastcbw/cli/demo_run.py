@@ -17,7 +17,7 @@ import numpy
 import fastcbw
 from fastcbw.cli import demo_image
 from fastcbw.cli.demo_guest import Diary
-from fastcbw.cli.demo_proof import BLOCK, Instant, digests, prove
+from fastcbw.cli.demo_proof import Instant, digests, prove
 from fastcbw.disk import open as open_disk
 from fastcbw.errors import Error
 from fastcbw.export.nbd.client import Client
