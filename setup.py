@@ -44,6 +44,8 @@ EXTENSIONS = [
     "fastcbw.export.nbd.pool",
     "fastcbw.export.nbd.contexts",
     "fastcbw.export.nbd.replies",
+    "fastcbw.export.nbd.answers",
+    "fastcbw.export.nbd.reads",
     "fastcbw.export.nbd.transmission",
 ]
 EXTENSIONS = [name for name in EXTENSIONS if os.path.exists(name.replace(".", "/") + ".pyx")]

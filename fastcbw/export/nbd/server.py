@@ -28,10 +28,11 @@ from collections.abc import Callable, Mapping
 from fastcbw.block.device import BlockDevice
 from fastcbw.errors import Error
 from fastcbw.export.nbd import listen
+from fastcbw.export.nbd.answers import COUNTERS
 from fastcbw.export.nbd.contexts import AllocationContext, MetaContext
 from fastcbw.export.nbd.handshake import DEADLINE_SECONDS, Handshake, HandshakeEnded
 from fastcbw.export.nbd.pool import BufferPool
-from fastcbw.export.nbd.transmission import COUNTERS, Connection
+from fastcbw.export.nbd.transmission import Connection
 from fastcbw.wire import constants as c
 
 log = logging.getLogger(__name__)

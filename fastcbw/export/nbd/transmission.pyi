@@ -3,10 +3,9 @@ from collections.abc import Iterable
 from fastcbw.block.device import BlockDevice
 from fastcbw.export.nbd.contexts import MetaContext
 from fastcbw.export.nbd.pool import BufferPool
+from fastcbw.export.nbd.reads import Reads
 
-COUNTERS: tuple[str, ...]
-
-class Connection:
+class Connection(Reads):
     def __init__(
         self,
         fd: int,
@@ -23,4 +22,3 @@ class Connection:
     ) -> None: ...
     def run(self) -> str: ...
     def stop(self, *, kill: bool = False) -> None: ...
-    def counts(self) -> dict[str, int]: ...

@@ -6,8 +6,7 @@ them in one call, wait for more. There is no event loop: a receive that does not
 
 Copies. The payload of a write goes to the device from the receive buffer. A write longer than WHOLE_WRITE_MAX
 goes there in pieces as it arrives, so that its memory is bounded (when its client dies on the way, a part of it may be
-on the disk, as with any write that was not acknowledged). A small read is read into the batch of replies; a large one
-into a pool buffer, by pieces, each sent before the next is read.
+on the disk, as with any write that was not acknowledged). Reads are in reads.pyx.
 
 Memory. Per connection BUFFER_LENGTH + BATCH_LENGTH (1 MiB, touched only as far as used), and one pool buffer while a large
 read is served: PIECE_LENGTH, or the whole of it where the reply must be one chunk (DF, simple replies).
@@ -16,77 +15,29 @@ A client can do what it likes with its socket: requests are checked before anyth
 connection, a client that stalls pins what is named above and the thread, nothing else.
 """
 
-from libc.errno cimport (
-    EACCES, EAGAIN, EFBIG, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, errno)
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdio cimport snprintf
-from libc.string cimport memcpy, memmove, strerror
+from libc.string cimport memmove, strerror
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA, MAY_UNMAP
+from fastcbw.export.nbd.answers cimport RECEIVES, REQUESTS, count
 from fastcbw.export.nbd.contexts cimport MetaContext
-from fastcbw.export.nbd.pool cimport PIECE_LENGTH, BufferPool
+from fastcbw.export.nbd.pool cimport BufferPool
 from fastcbw.export.nbd.pthread cimport pthread_self, pthread_setname_np
+from fastcbw.export.nbd.reads cimport PIECE_ALIGN, Reads
 from fastcbw.export.nbd.replies cimport Replies
-from fastcbw.kernels.atomic cimport (
-    load32_acquire, load_relaxed, store32_release, store_relaxed)
+from fastcbw.export.nbd.request cimport Request
+from fastcbw.kernels.atomic cimport load32_acquire, store32_release
 from fastcbw.sync cimport now_ns
 from fastcbw.wire.constants cimport (
-    CHUNK_LENGTH, CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, PAYLOAD_LENGTH_MAX, REPLY_FLAG_DONE,
-    REPLY_TYPE_BLOCK_STATUS, REPLY_TYPE_NONE, REPLY_TYPE_OFFSET_DATA, REQUEST_LENGTH, REQUEST_MAGIC,
-    SIMPLE_REPLY_LENGTH, SIMPLE_REPLY_MAGIC)
-from fastcbw.wire.integers cimport load16, load32, load64, store32, store64
+    CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM,
+    CMD_WRITE, CONTEXTS_MAX, REQUEST_LENGTH, REQUEST_MAGIC)
+from fastcbw.wire.integers cimport load16, load32, load64
 from fastcbw.wire.socket cimport MSG_DONTWAIT, recv
 
-cdef extern from "<errno.h>" nogil:        # what libc.errno does not have
-    int ECANCELED, EDQUOT, EOPNOTSUPP, EOVERFLOW, ESHUTDOWN
 
-#: Names of the counters, in the order of the enum Counter.
-COUNTERS = (
-    "requests", "reads", "writes", "zeroes", "trims", "flushes", "caches", "statuses",
-    "bytes_read", "bytes_written", "bytes_zeroed", "bytes_trimmed", "errors", "receives")
-
-cdef const char *OPERATIONS[8]
-OPERATIONS[:] = [b"read", b"write", b"disconnect", b"flush", b"trim", b"cache", b"write zeroes", b"block status"]
-
-cdef const char *SOME_REQUEST = b"request"
-cdef const char *NOT_WRITABLE = b"the export is read-only"
-cdef const char *OUT_OF_RANGE = b"beyond the end of the export"
-cdef const char *TOO_LONG = b"longer than 32 MiB"
-cdef const char *UNKNOWN_FLAG = b"a flag that this request does not have"
-cdef const char *UNKNOWN_REQUEST = b"no such request"
-cdef const char *NO_CONTEXT = b"no meta context was negotiated"
-cdef const char *NO_LENGTH = b"a length of zero has no status"
-cdef const char *NO_BUFFER = b"longer than one unfragmented reply of this export may be"
-
-
-cdef inline void count(uint64_t *counter, int64_t more) noexcept nogil:
-    """One writer, so no atomic addition; readers see a whole word."""
-    store_relaxed(counter, load_relaxed(counter) + <uint64_t>more)
-
-
-cdef int protocol_error(int code) noexcept nogil:
-    """The protocol's number for -errno CODE; what it has no number for is EIO."""
-    code = -code
-    if code == EPERM or code == EACCES or code == EROFS:
-        return 1
-    if code == ENOMEM:
-        return 12
-    if code == EINVAL:
-        return 22
-    if code == ENOSPC or code == EDQUOT or code == EFBIG:
-        return 28
-    if code == EOVERFLOW:
-        return 75
-    if code == EOPNOTSUPP:
-        return 95
-    if code == ESHUTDOWN:
-        return 108
-    return 5
-
-
-cdef class Connection:
+cdef class Connection(Reads):
     """One client in its transmission phase on the connected, blocking socket FD.
 
     device: what is served. pool: the server's BufferPool. name: of the export, for error texts.
@@ -160,10 +111,6 @@ cdef class Connection:
         if kill:
             store32_release(&self.killing, 1)
             self.pool.wake()
-
-    def counts(self):
-        """Return the counters of this moment, a dict by the names in COUNTERS."""
-        return {name: load_relaxed(&self.counters[i]) for i, name in enumerate(COUNTERS)}
 
     # -- data plane: the loop
 
@@ -296,7 +243,7 @@ cdef class Connection:
             piece = self.write_left
         elif have >= WRITE_PIECE_MIN:
             # Cut where no cluster or page of the device is split between two pieces.
-            piece = ((self.write_offset + have) & ~(<int64_t>WRITE_PIECE_ALIGN - 1)) - self.write_offset
+            piece = ((self.write_offset + have) & ~(<int64_t>PIECE_ALIGN - 1)) - self.write_offset
         else:
             piece = 0
         if piece == 0:
@@ -315,41 +262,6 @@ cdef class Connection:
 
     # -- the other requests
 
-    cdef int check(self, const Request *request, const char **why) noexcept nogil:
-        """0, or -errno with a text: what can be said without the device. Sets no state."""
-        cdef uint32_t allowed = CMD_FLAG_FUA        # valid everywhere, ignored where nothing is written
-        cdef int kind = request.kind
-        cdef bint writes = kind == CMD_WRITE or kind == CMD_TRIM or kind == CMD_WRITE_ZEROES
-        if kind > CMD_BLOCK_STATUS:
-            why[0] = UNKNOWN_REQUEST
-            return -EINVAL
-        if kind == CMD_READ and self.replies.structured:
-            allowed |= CMD_FLAG_DF
-        elif kind == CMD_WRITE_ZEROES:
-            allowed |= CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO
-        elif kind == CMD_BLOCK_STATUS:
-            allowed |= CMD_FLAG_REQ_ONE
-        if request.flags & ~allowed:
-            why[0] = UNKNOWN_FLAG
-            return -EINVAL
-        if writes and self.read_only:
-            why[0] = NOT_WRITABLE
-            return -EPERM
-        if kind == CMD_FLUSH:
-            return 0
-        if (kind == CMD_READ or kind == CMD_WRITE) and request.length > PAYLOAD_LENGTH_MAX:
-            why[0] = TOO_LONG
-            return -EOVERFLOW if request.flags & CMD_FLAG_DF else -EINVAL
-        if request.offset < 0 or request.offset > self.device.length - request.length:
-            why[0] = OUT_OF_RANGE
-            return -ENOSPC if kind == CMD_WRITE or kind == CMD_WRITE_ZEROES else -EINVAL
-        if kind == CMD_BLOCK_STATUS and self.contexts_count == 0:
-            why[0] = NO_CONTEXT
-            return -EINVAL
-        if kind == CMD_BLOCK_STATUS and request.length == 0:
-            why[0] = NO_LENGTH
-            return -EINVAL
-        return 0
 
     cdef void dispatch(self, const Request *request) noexcept nogil:
         """Serve one request that has no payload."""
@@ -370,8 +282,10 @@ cdef class Connection:
         else:
             if request.kind == CMD_FLUSH:
                 code = 0 if self.read_only else self.device.sync()
-            elif request.kind == CMD_CACHE or request.length == 0:
+            elif request.length == 0:
                 code = 0
+            elif request.kind == CMD_CACHE:
+                code = 0        # advisory, and no device wants to know
             elif request.kind == CMD_TRIM:
                 code = self.device.discard_at(request.offset, request.length, flags)
             else:
@@ -381,196 +295,3 @@ cdef class Connection:
                     flags |= FAST_ONLY
                 code = self.device.write_zeroes_at(request.offset, request.length, flags)
             self.answer(request, code, NULL)
-
-    cdef void read(self, const Request *request) noexcept nogil:
-        cdef char *at
-        if request.length == 0 and self.replies.structured:
-            at = self.replies.room(CHUNK_LENGTH)        # a data chunk has at least one byte
-            if at != NULL:
-                self.replies.chunk(at, REPLY_FLAG_DONE, REPLY_TYPE_NONE, request.cookie, 0)
-                self.replies.commit(CHUNK_LENGTH)
-            count(&self.counters[READS], 1)
-        elif request.length == 0:
-            self.answer(request, 0, NULL)
-        elif request.length <= SMALL_READ_MAX:
-            self.read_small(request)
-        elif self.replies.structured and not request.flags & CMD_FLAG_DF:
-            self.read_pieces(request)
-        else:
-            self.read_whole(request)
-
-    cdef void read_small(self, const Request *request) noexcept nogil:
-        """From the device straight into the batch, behind a header that is filled in when it has succeeded."""
-        cdef int64_t header = CHUNK_LENGTH + 8 if self.replies.structured else SIMPLE_REPLY_LENGTH
-        cdef char *at = self.replies.room(header + request.length)
-        cdef int code
-        if at == NULL:
-            return
-        code = self.device.pread(at + header, request.offset, request.length)
-        if code:
-            self.refuse(request, code, NULL, request.offset)
-            return
-        if self.replies.structured:
-            self.replies.chunk(at, REPLY_FLAG_DONE, REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + request.length)
-            store64(at + CHUNK_LENGTH, <uint64_t>request.offset)
-        else:
-            store32(at, <uint32_t>SIMPLE_REPLY_MAGIC)
-            store32(at + 4, 0)
-            store64(at + 8, request.cookie)
-        self.replies.commit(header + request.length)
-        count(&self.counters[READS], 1)
-        count(&self.counters[BYTES_READ], request.length)
-
-    cdef int take(self, int64_t length, void **buffer) noexcept nogil:
-        """A pool buffer, or -errno. Replies that are ready go out before it waits."""
-        cdef int code = self.pool.take(length, self.background, False, &self.killing, buffer)
-        if code == -EAGAIN:
-            self.replies.send(NULL, 0)
-            code = self.pool.take(length, self.background, True, &self.killing, buffer)
-        return code
-
-    cdef void read_pieces(self, const Request *request) noexcept nogil:
-        """A large read as several chunks through one pool buffer. An error ends it with an error chunk at its offset."""
-        cdef void *buffer = NULL
-        cdef char *at
-        cdef int64_t offset = request.offset
-        cdef int64_t left = request.length
-        cdef int64_t piece
-        cdef int code = self.take(PIECE_LENGTH, &buffer)
-        if code:
-            self.refuse(request, code, NULL, -1)
-            return
-        while left > 0:
-            piece = ((offset + PIECE_LENGTH) & ~(<int64_t>WRITE_PIECE_ALIGN - 1)) - offset
-            if piece > left:
-                piece = left
-            code = self.device.pread(buffer, offset, piece)
-            if code:
-                self.refuse(request, code, NULL, offset)
-                break
-            at = self.replies.room(CHUNK_LENGTH + 8)
-            if at == NULL:
-                break
-            self.replies.chunk(at, REPLY_FLAG_DONE if piece == left else 0, REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + piece)
-            store64(at + CHUNK_LENGTH, <uint64_t>offset)
-            self.replies.commit(CHUNK_LENGTH + 8)
-            if self.replies.send(buffer, piece):
-                break
-            offset += piece
-            left -= piece
-        self.pool.give(buffer, PIECE_LENGTH, self.background)
-        if left == 0:
-            count(&self.counters[READS], 1)
-            count(&self.counters[BYTES_READ], request.length)
-
-    cdef void read_whole(self, const Request *request) noexcept nogil:
-        """A large read that must be answered in one piece (DF, simple replies): read first, so that an error can be told."""
-        cdef void *buffer = NULL
-        cdef int64_t header = CHUNK_LENGTH + 8 if self.replies.structured else SIMPLE_REPLY_LENGTH
-        cdef char *at
-        cdef int code = self.take(request.length, &buffer)
-        if code:
-            if code == -ENOMEM and self.replies.structured:
-                code = -EOVERFLOW
-            self.refuse(request, code, NO_BUFFER, -1)
-            return
-        code = self.device.pread(buffer, request.offset, request.length)
-        if code:
-            self.refuse(request, code, NULL, request.offset)
-        else:
-            at = self.replies.room(header)
-            if at != NULL:
-                if self.replies.structured:
-                    self.replies.chunk(at, REPLY_FLAG_DONE, REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + request.length)
-                    store64(at + CHUNK_LENGTH, <uint64_t>request.offset)
-                else:
-                    store32(at, <uint32_t>SIMPLE_REPLY_MAGIC)
-                    store32(at + 4, 0)
-                    store64(at + 8, request.cookie)
-                self.replies.commit(header)
-                self.replies.send(buffer, request.length)
-                count(&self.counters[READS], 1)
-                count(&self.counters[BYTES_READ], request.length)
-        self.pool.give(buffer, request.length, self.background)
-
-    cdef void block_status(self, const Request *request) noexcept nogil:
-        """One chunk per negotiated context: neighbours with equal flags merged, EXTENTS_MAX at most, all within the request."""
-        cdef int64_t extents_max = 1 if request.flags & CMD_FLAG_REQ_ONE else EXTENTS_MAX
-        cdef int64_t offset, end, got, extents, length
-        cdef uint32_t flags = 0, last = 0
-        cdef char *at
-        cdef char *row
-        cdef int i
-        end = request.offset + request.length
-        for i in range(self.contexts_count):
-            at = self.replies.room(CHUNK_LENGTH + 4 + 8 * extents_max)
-            if at == NULL:
-                return
-            row = at + CHUNK_LENGTH + 4
-            offset = request.offset
-            extents = 0
-            length = 0
-            got = 0
-            while offset < end:
-                got = (<MetaContext>self.context[i]).status(offset, end - offset, &flags)
-                if got <= 0:
-                    break
-                if extents == 0 or flags != last:
-                    if extents == extents_max:
-                        break
-                    extents += 1
-                    length = 0
-                    last = flags
-                length += got
-                offset += got
-                store32(row + 8 * (extents - 1), <uint32_t>length)
-                store32(row + 8 * (extents - 1) + 4, last)
-            if extents == 0:
-                self.refuse(request, <int>got if got else -EIO, NULL, -1)
-                return
-            self.replies.chunk(at, REPLY_FLAG_DONE if i == self.contexts_count - 1 else 0, REPLY_TYPE_BLOCK_STATUS,
-                               request.cookie, 4 + 8 * extents)
-            store32(at + CHUNK_LENGTH, self.context_id[i])
-            self.replies.commit(CHUNK_LENGTH + 4 + 8 * extents)
-        count(&self.counters[STATUSES], 1)
-
-    # -- answers
-
-    cdef void answer(self, const Request *request, int code, const char *why) noexcept nogil:
-        """The one reply of a request without data to return, and its counters."""
-        if code:
-            self.refuse(request, code, why, -1)
-            return
-        if request.kind == CMD_WRITE:
-            count(&self.counters[WRITES], 1)
-            count(&self.counters[BYTES_WRITTEN], request.length)
-        elif request.kind == CMD_WRITE_ZEROES:
-            count(&self.counters[ZEROES], 1)
-            count(&self.counters[BYTES_ZEROED], request.length)
-        elif request.kind == CMD_TRIM:
-            count(&self.counters[TRIMS], 1)
-            count(&self.counters[BYTES_TRIMMED], request.length)
-        elif request.kind == CMD_FLUSH:
-            count(&self.counters[FLUSHES], 1)
-        elif request.kind == CMD_CACHE:
-            count(&self.counters[CACHES], 1)
-        else:
-            count(&self.counters[READS], 1)
-        self.replies.done(request.cookie)
-
-    cdef void refuse(self, const Request *request, int code, const char *why, int64_t offset) noexcept nogil:
-        """An error reply for -errno CODE: the text names the export, the request and the reason (WHY, or the device's words)."""
-        cdef char text[768]
-        cdef char words[512]
-        cdef const char *operation = SOME_REQUEST
-        count(&self.counters[ERRORS], 1)
-        if why == NULL:
-            code = -self.device.explain(code, words, sizeof(words))
-            why = words
-        if code == -ECANCELED:
-            code = -ESHUTDOWN
-        if request.kind <= CMD_BLOCK_STATUS:
-            operation = OPERATIONS[request.kind]
-        snprintf(text, sizeof(text), b"%s: %s %lld+%lld: %s", self.name, operation,
-                 <long long>request.offset, <long long>request.length, why)
-        self.replies.error(request.cookie, protocol_error(code), text, offset)

@@ -1,0 +1,4 @@
+COUNTERS: tuple[str, ...]
+
+class Answers:
+    def counts(self) -> dict[str, int]: ...

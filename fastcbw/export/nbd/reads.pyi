@@ -1,0 +1,3 @@
+from fastcbw.export.nbd.answers import Answers
+
+class Reads(Answers): ...
