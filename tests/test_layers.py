@@ -21,6 +21,7 @@ LAYERS = [
     ("jobs",),
     ("export",),
     ("disk",),
+    ("graph",),
     ("qmp",),
     ("__init__",),
     ("cli",),

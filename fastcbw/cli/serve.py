@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
 import sys
 
-from fastcbw.cli.common import UsageError, add_options, check_nbd_uri, check_options, refuse_unbuilt
+from fastcbw.cli.common import UsageError, add_options, check_nbd_uri, check_options
 from fastcbw.export.nbd.listen import inherited
 from fastcbw.export.nbd.server import parse_spin
 from fastcbw.qmp.options import SNAPSHOT_OPTIONS
@@ -30,7 +31,7 @@ def add_parser(verbs) -> None:
     parser.add_argument("--direct", action="store_true", help="open the images O_DIRECT, past the page cache")
     parser.add_argument("--spin", metavar="MODE", default="off",
                         help="busy-polling of guest sockets: off (default), adaptive, or microseconds; costs processor time")
-    parser.add_argument("--config", metavar="FILE", help="disks and nodes from a file (not built yet)")
+    parser.add_argument("--config", metavar="FILE", help="nodes and exports from a JSON file, see docs/graph.md")
     parser.add_argument("--snapshot", metavar="SNAP", help="take this snapshot of all disks before 'ready'")
     add_options(parser, SNAPSHOT_OPTIONS, "options of --snapshot")
     parser.set_defaults(run=run)
@@ -47,9 +48,24 @@ def split_image(text: str) -> tuple[str | None, str]:
     return name, image
 
 
+def read_config(path: str) -> dict[str, list]:
+    """Return the members of the JSON file PATH: nodes and exports, lists of objects; UsageError when it is anything else."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            config = json.load(file)
+        except ValueError as error:
+            raise UsageError(f"--config: {path}: is no JSON: {error}") from None
+    members = {"nodes", "exports"}
+    if not isinstance(config, dict) or set(config) - members:
+        raise UsageError(f"--config: {path}: expected an object with {' and '.join(sorted(members))}")
+    for name, value in config.items():
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise UsageError(f"--config: {path}: {name}: expected a list of objects")
+    return config
+
+
 def run(arguments: argparse.Namespace) -> int:
     options = check_options(SNAPSHOT_OPTIONS, arguments)
-    refuse_unbuilt(config=arguments.config)
     if arguments.format not in (None, "raw"):
         raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
     if options and arguments.snapshot is None:
@@ -63,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.socket is None and passed is None:
         raise UsageError("--socket: where to serve? (give --socket PATH)")
     qmp = arguments.qmp or (f"{arguments.socket}.qmp" if arguments.socket else None)
-    if not images and arguments.qmp is None:
+    config = None if arguments.config is None else read_config(arguments.config)
+    if not images and config is None and arguments.qmp is None:
         raise UsageError("no image to serve (give one, or --qmp PATH to add disks later)")
     if arguments.snapshot is not None and not images:
         raise UsageError("--snapshot: of which disk? (give an image)")
@@ -81,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.snapshot is not None:
             daemon.create_snapshot(arguments.snapshot, list(daemon.disks), **options)
         daemon.listen_nbd(arguments.socket if passed is None else passed, spin=arguments.spin)
+        if config is not None:
+            daemon.add_nodes(**config)
         if qmp is not None:
             daemon.listen_qmp(qmp)
         # With a passed socket stdout is the output of who started us (nbdinfo, nbdcopy): not ours to write to.

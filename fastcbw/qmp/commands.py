@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastcbw.errors import Error
 from fastcbw.qmp.daemon import Daemon
 from fastcbw.qmp.errors import QmpError
+from fastcbw.qmp.node_commands import COMMANDS as NODE_COMMANDS
 from fastcbw.qmp.options import BACKUP_OPTIONS, SNAPSHOT_OPTIONS, Option, refusals
 from fastcbw.qmp.schema import Argument, Command, Schema
 from fastcbw.qmp.server import VERSION
@@ -41,7 +42,9 @@ def _job_dismiss(daemon: Daemon, id: str) -> None:
 
 def _query_block_exports(daemon: Daemon) -> list:
     names = daemon.exports() if daemon.nbd is not None else []
-    return [{"id": name, "type": "nbd", "node-name": name, "shutting-down": False} for name in names]
+    made = {export.name: export for export in list(daemon.nodes.exports.values())}
+    return [{"id": made[name].id if name in made else name, "type": "nbd",
+             "node-name": made[name].node.name if name in made else name, "shutting-down": False} for name in names]
 
 
 def _snapshot_create(daemon: Daemon, name: str, disks: list, **options) -> list:
@@ -122,4 +125,5 @@ COMMANDS = Schema([
         Argument("job-id", "str", "the job's id (default: job1, job2, ...)"),
         *_arguments(BACKUP_OPTIONS))),
     Command("fastcbw-status", "everything that is known", _status),
+    *NODE_COMMANDS,
 ])

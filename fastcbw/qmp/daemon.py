@@ -21,6 +21,7 @@ from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import Listener, listen_unix
 from fastcbw.export.nbd.server import Server
 from fastcbw.qmp.jobs import JobRecord, JobTable
+from fastcbw.qmp.nodes import Nodes
 from fastcbw.qmp.server import QmpServer
 from fastcbw.version import __version__
 
@@ -35,6 +36,7 @@ class Daemon:
     def __init__(self):
         self.disks: dict[str, object] = {}
         self.jobs = JobTable(self.emit)
+        self.nodes = Nodes(self)
         self.nbd: Server | None = None
         self.qmp: QmpServer | None = None
         self._change = threading.RLock()
@@ -80,7 +82,7 @@ class Daemon:
             for name, disk in self.disks.items():
                 names.append(name)
                 names += [f"{name}@{snapshot}" for snapshot in disk.snapshots]
-            return names
+            return names + [export.name for export in self.nodes.exports.values()]
 
     # -- disks and snapshots
 
@@ -90,14 +92,31 @@ class Daemon:
             check_name(disk.name, "disk name")
             if disk.name in self.disks:
                 raise ValueError(f"disk {disk.name!r}: the name is in use (give each image its own, as in a=disk.img)")
+            self.nodes.adopt(disk)
             self.disks[disk.name] = disk
             if self.nbd is not None:
                 self._export_disk(disk)
 
+    def add_nodes(self, nodes: Sequence[dict] = (), exports: Sequence[dict] = ()) -> None:
+        """Add nodes as blockdev-add describes them and exports as block-export-add does: all, or none and an error."""
+        from fastcbw.qmp.node_commands import transaction_of  # as with COMMANDS above
+
+        transaction_of(self, [{"type": "blockdev-add", "data": node} for node in nodes]
+                       + [{"type": "block-export-add", "data": {"type": "nbd"} | export} for export in exports])
+
+    def changing(self) -> threading.RLock:
+        """The lock under which disks, snapshots, nodes and exports change, one at a time; a context manager."""
+        return self._change
+
     def disk(self, name: str):
-        """Return the disk NAME."""
-        try:
+        """Return the disk NAME: one that is served, or that of a node of the graph."""
+        if name in self.disks:
             return self.disks[name]
+        try:
+            node = self.nodes.graph.nodes[name]
+            if not node.kind.live:
+                raise Error(f"node {name!r}: shows a snapshot, no live disk")
+            return node.disk()
         except KeyError:
             known = ", ".join(self.disks) or "none"
             raise Error(f"disk {name!r}: not found (disks here: {known})") from None
@@ -234,6 +253,7 @@ class Daemon:
         steps.append(self.jobs.close)
         if self.nbd is not None:
             steps.append(self.nbd.close)
+        steps.append(self.nodes.close)
         steps += [disk.close for disk in self.disks.values()]
         first = None
         for step in steps:

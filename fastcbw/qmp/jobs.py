@@ -16,15 +16,16 @@ JOBS_CONCLUDED_LIMIT = 64
 
 
 class JobRecord:
-    """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display."""
+    """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display; auto_dismiss: forgotten at its end."""
 
-    def __init__(self, name: str, job, disk: str, snapshot: str, target: str):
+    def __init__(self, name: str, job, disk: str, snapshot: str, target: str, *, auto_dismiss: bool = False):
         self.id = name
         self.job = job
         self.type = "backup"
         self.disk = disk
         self.snapshot = snapshot
         self.target = target
+        self.auto_dismiss = auto_dismiss
         self.outcome: str | None = None  # completed, failed, cancelled; set when all is cleaned up
         self.error: str | None = None
         self.thread: threading.Thread | None = None
@@ -122,6 +123,10 @@ class JobTable:
             data["error"] = record.error
         self._emit("BLOCK_JOB_CANCELLED" if outcome == "cancelled" else "BLOCK_JOB_COMPLETED", data)
         self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "concluded"})
+        if record.auto_dismiss:
+            with self._lock:
+                self._records.pop(record.id, None)
+            self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "null"})
 
     def _forget_oldest(self) -> None:
         with self._lock:

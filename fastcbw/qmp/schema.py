@@ -24,6 +24,8 @@ TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "size": (lambda value: _is_int(value) or isinstance(value, str), "size: an integer, or a string like 64K"),
     "strings": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
                 "array of strings"),
+    "object": (lambda value: isinstance(value, dict), "object"),
+    "objects": (lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value), "array of objects"),
 }
 
 
@@ -54,12 +56,16 @@ class Argument:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: ``run(daemon, **arguments)`` gets what was given, names with ``_``, and returns what goes back."""
+    """One command: ``run(daemon, **arguments)`` gets what was given, names with ``_``, and returns what goes back.
+
+    open_ended: other members are the command's to check, and reach it under the names they have on the wire.
+    """
 
     name: str
     doc: str
     run: Callable
     arguments: tuple[Argument, ...] = ()
+    open_ended: bool = False
     by_name: Mapping[str, Argument] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -72,6 +78,11 @@ class Command:
         for argument in self.arguments:
             if argument.required and argument.name not in given:
                 raise QmpError(f"Parameter '{argument.name}' is missing")
+        if self.open_ended:
+            for argument in self.arguments:
+                if argument.name in given:
+                    argument.check(given[argument.name])
+            return dict(given)
         for name in given:
             if name not in self.by_name:
                 raise QmpError(f"Parameter '{name}' is unexpected")

@@ -1,0 +1,351 @@
+"""The graph: nodes by name, added and removed all or nothing, permissions checked before anything is seen to change.
+
+A description is a dict as blockdev-add takes it; children are names of nodes or descriptions in place. Several are
+opened as one: they may name each other in any order, and when one fails, those before it are closed again. All methods
+are the control plane's and O(nodes); the caller serialises them (the daemon's lock).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastcbw.cbw.options import check_name
+from fastcbw.disk import Disk
+from fastcbw.errors import Error
+from fastcbw.graph import permissions
+from fastcbw.graph.kinds import KINDS
+from fastcbw.graph.kinds.served import SERVED
+from fastcbw.graph.node import Edge, Node, User
+from fastcbw.graph.options import check_options
+from fastcbw.graph.permissions import Needs, Permission
+
+NODES_LIMIT = 1024
+DEPTH_LIMIT = 64
+
+
+class Graph:
+    """All nodes of one process. Nothing is open at first; close() closes what is left."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._next = 1
+        self._undo: list[Callable[[], None]] | None = None      # of the transaction under way
+        self._leaving: list[Node] = []                          # to be closed when it commits
+
+    # -- nodes
+
+    def find(self, name: str) -> Node:
+        """Return the node NAME."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise Error(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def add(self, descriptions: Iterable[Mapping[str, Any]]) -> list[Node]:
+        """Open all the nodes that DESCRIPTIONS describe, or none; return those that were asked for by name.
+
+        Error for a driver, option or name that is wrong, a cycle, a conflict of permissions; OSError, ImageLocked and what
+        else the kinds raise. Nothing is left open then.
+        """
+        planned: dict[str, tuple[Node, dict[str, str]]] = {}
+        asked = [self._plan(description, planned, True, 0) for description in descriptions]
+        opened: list[Node] = []
+        try:
+            for name in _in_order(planned, self.nodes):
+                node, names = planned[name]
+                self._open(node, names)
+                opened.append(node)
+            self._refresh()
+        except BaseException:
+            self._close_all(opened)
+            raise
+        self._on_undo(lambda: self._close_all(opened))
+        return asked
+
+    def _close_all(self, opened: list[Node]) -> None:
+        for node in reversed(opened):
+            if self.nodes.get(node.name) is node:
+                self._close(node)
+        self._refresh()
+
+    def adopt(self, disk: Disk) -> Node:
+        """Make a node of DISK, which stays the caller's. Error when the name is taken."""
+        if disk.name in self.nodes:
+            raise Error(f"Duplicate nodes with node-name='{disk.name}'")
+        node = Node(disk.name, SERVED, {}, False, disk.device, base=disk)
+        self.nodes[disk.name] = node
+        return node
+
+    def remove(self, name: str) -> None:
+        """Close the node NAME and what was written inside it. Error when it is used, or belongs to another node."""
+        node = self.nodes.get(name)
+        if node is None:
+            raise Error(f"Failed to find node with node-name='{name}'")
+        if not node.owned:
+            raise Error(f"Node {name} is not owned by the monitor")
+        if self._undo is not None:
+            self._leaving.append(node)
+            return
+        self._check_unused(node, [])
+        self._close(node)
+        self._refresh()
+
+    @staticmethod
+    def _check_unused(node: Node, leaving: list[Node]) -> None:
+        users = ", ".join(edge.label for edge in node.parents if edge.parent not in leaving)
+        if users:
+            raise Error(f"Node {node.name} is in use: by {users} (remove that first)")
+
+    # -- several changes as one
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the changes of the block as one: permissions are checked at its end, and an error in it undoes all of them."""
+        assert self._undo is None, "one transaction at a time"
+        self._undo, self._leaving = [], []
+        try:
+            yield
+            undo, leaving = self._undo, self._leaving
+            self._undo = None
+            self._check_leaving(leaving)
+        except BaseException:
+            undo = self._undo if self._undo is not None else undo
+            self._undo = []             # checks are put off until all is as it was
+            try:
+                for step in reversed(undo):
+                    step()
+            finally:
+                self._undo = None
+                self._refresh()
+            raise
+        for node in leaving:
+            self._close(node)
+        self._refresh()
+
+    def _check_leaving(self, leaving: list[Node]) -> None:
+        """Check the graph as it will be without LEAVING; nothing is closed."""
+        for node in leaving:
+            self._check_unused(node, leaving)
+        edges = [edge for node in leaving for edge in node.children.values()]
+        for edge in edges:
+            edge.child.parents.remove(edge)
+        try:
+            self._refresh()
+        finally:
+            for edge in edges:
+                edge.child.parents.append(edge)
+
+    def _on_undo(self, step: Callable[[], None]) -> None:
+        if self._undo is not None:
+            self._undo.append(step)
+
+    def _plan(self, description: Mapping[str, Any], planned: dict[str, tuple[Node, dict[str, str]]], owned: bool, depth: int) -> Node:
+        """Check one description, and those inside it; nothing is opened."""
+        if not isinstance(description, Mapping):
+            raise Error(f"Invalid parameter type for a node, expected: object, got {type(description).__name__}")
+        if depth > DEPTH_LIMIT or len(planned) + len(self.nodes) >= NODES_LIMIT:
+            raise Error(f"the graph is too large: at most {NODES_LIMIT} nodes, {DEPTH_LIMIT} deep")
+        driver = description.get("driver")
+        if driver is None:
+            raise Error("Parameter 'driver' is missing")
+        kind = KINDS.get(driver) if isinstance(driver, str) else None
+        if kind is None:
+            raise Error(f"Parameter 'driver' does not accept value '{driver}' (there is {', '.join(sorted(KINDS))})")
+        options = check_options(driver, kind.options, tuple(kind.children), description)
+        name = options.get("node-name")
+        if name is None:
+            if owned:
+                raise Error("'node-name' must be specified for the root node")
+            name = self._free_name(planned)
+        try:
+            check_name(name, "node-name")
+        except ValueError as error:
+            raise Error(f"Invalid node-name: '{name}' ({error})") from None
+        if name in self.nodes or name in planned:
+            raise Error(f"Duplicate nodes with node-name='{name}'")
+        node = Node(name, kind, options, owned)
+        names: dict[str, str] = {}
+        planned[name] = node, names
+        for child in kind.children:
+            below = description[child]
+            if isinstance(below, str):
+                names[child] = below
+            elif isinstance(below, Mapping):
+                names[child] = self._plan(below, planned, False, depth + 1).name
+            else:
+                raise Error(f"Invalid parameter type for '{child}', expected: a node-name or an object")
+        return node
+
+    def _free_name(self, planned: Mapping[str, object]) -> str:
+        while f"node{self._next}" in self.nodes or f"node{self._next}" in planned:
+            self._next += 1
+        self._next += 1
+        return f"node{self._next - 1}"
+
+    def _open(self, node: Node, names: Mapping[str, str]) -> None:
+        for name, below in names.items():
+            child = self.nodes[below]
+            edge = Edge(node, child, name, node.kind.children[name])
+            node.children[name] = edge
+            child.parents.append(edge)
+        try:
+            self._refresh()         # a conflict is found before the kind's open() does anything
+            node.kind.open(node)
+        except BaseException:
+            self._unlink(node)
+            raise
+        self.nodes[node.name] = node
+
+    def _close(self, node: Node) -> None:
+        self.nodes.pop(node.name, None)
+        try:
+            if node.base is not None and node.kind is not SERVED:
+                node.base.close()
+            node.kind.close(node)
+        finally:
+            inside = [edge.child for edge in node.children.values() if not edge.child.owned]
+            self._unlink(node)
+            for child in inside:
+                if not child.parents:
+                    self._close(child)
+
+    @staticmethod
+    def _unlink(node: Node) -> None:
+        for edge in node.children.values():
+            edge.child.parents.remove(edge)
+        node.children.clear()
+
+    def close(self) -> None:
+        """Close every node, parents before children; the first error is raised after all were tried."""
+        first: Exception | None = None
+        while self.nodes:
+            node = next(node for node in self.nodes.values() if not any(isinstance(edge.parent, Node) for edge in node.parents))
+            try:
+                self._close(node)
+            except Exception as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    # -- those who use nodes
+
+    def attach(self, label: str, uses: Iterable[tuple[Node, str, str, Needs]]) -> User:
+        """Let a parent that is no node use nodes: (node, name, role, needs) each. Error on a conflict; then nothing changed."""
+        user = User(label)
+        for node, name, role, needs in uses:
+            node.parents.append(Edge(user, node, name, role, needs))
+        try:
+            self._refresh()
+        except Error:
+            self.detach(user)
+            raise
+        self._on_undo(lambda: self.detach(user))
+        return user
+
+    def detach(self, user: User) -> None:
+        """Undo attach(). Twice is no error."""
+        for node in self.nodes.values():
+            node.parents = [edge for edge in node.parents if edge.parent is not user]
+        self._refresh()
+
+    def move(self, user: User, node: Node) -> None:
+        """Have USER's edges to NODE's bottom end at NODE, or at another node of the same bottom: nothing is copied or paused.
+
+        Error when nothing of USER has that bottom, or on a conflict; then nothing has changed.
+        """
+        moved = [edge for other in self.nodes.values() for edge in other.parents if edge.parent is user and other.bottom is node.bottom]
+        if not moved:
+            raise Error(f"{user.label} uses nothing that node '{node.name}' shows (replace within one disk)")
+        before = [edge.child for edge in moved]
+        self._move(moved, [node] * len(moved))
+        try:
+            self._refresh()
+        except Error:
+            self._move(moved, before)
+            self._refresh()
+            raise
+        self._on_undo(lambda: self._move(moved, before))
+
+    @staticmethod
+    def _move(edges: list[Edge], children: list[Node]) -> None:
+        for edge, child in zip(edges, children):
+            edge.child.parents.remove(edge)
+            edge.child = child
+            child.parents.append(edge)
+
+    # -- permissions
+
+    def check(self) -> None:
+        """Within a transaction: check the permissions as they are now. Error on a conflict."""
+        undo, self._undo = self._undo, None
+        try:
+            self._check_leaving(self._leaving)
+        finally:
+            self._undo = undo
+
+    def _refresh(self) -> None:
+        """Work out every edge's needs from the top down and check every node; Error leaves the needs as they were."""
+        if self._undo is not None:
+            return                      # at the end of the transaction
+        fresh: dict[Edge, Needs] = {}
+        for node in _from_the_top(self.nodes.values()):
+            known = [(edge, fresh.get(edge, edge.needs)) for edge in node.parents]
+            permissions.check(node.name, known)
+            taken, shared = Permission.NONE, Permission.ALL
+            for _, needs in known:
+                taken |= needs.taken
+                shared &= needs.shared
+            if taken & Permission.WRITE and node.options.get("read-only"):
+                raise Error(f"node '{node.name}' is read-only: {known[0][0].label} needs 'write' on it")
+            for edge in node.children.values():
+                fresh[edge] = node.kind.needs(node, edge.name, Needs(taken, shared))
+        for edge, needs in fresh.items():
+            edge.needs = needs
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return every node, children before parents, ready for JSON."""
+        return [node.describe() for node in reversed(list(_from_the_top(self.nodes.values())))]
+
+
+def _in_order(planned: Mapping[str, tuple[Node, dict[str, str]]], existing: Mapping[str, Node]) -> list[str]:
+    """Names of PLANNED, children first. Error for a name that exists nowhere, and for a cycle."""
+    order: list[str] = []
+    state: dict[str, int] = {}      # 1: being visited, 2: in the order
+
+    def visit(name: str, parent: str) -> None:
+        if state.get(name) == 1:
+            raise Error(f"node '{name}' is below itself, by way of node '{parent}' (a graph has no cycles)")
+        if name in state or name in existing:
+            return
+        if name not in planned:
+            raise Error(f"Cannot find device='' nor node-name='{name}'")
+        state[name] = 1
+        for child in planned[name][1].values():
+            visit(child, name)
+        state[name] = 2
+        order.append(name)
+
+    for name in planned:
+        visit(name, name)
+    return order
+
+
+def _from_the_top(nodes: Iterable[Node]) -> list[Node]:
+    """Nodes, each after all that are above it; those that are just being opened (above NODES, in no table yet) included."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for edge in node.parents:
+            if isinstance(edge.parent, Node):
+                visit(edge.parent)
+        order.append(node)
+
+    for node in nodes:
+        visit(node)
+    return order

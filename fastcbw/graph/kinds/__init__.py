@@ -1,0 +1,17 @@
+"""Every kind of node, by the name of its driver."""
+
+from __future__ import annotations
+
+from fastcbw.graph.kinds.base import Kind
+from fastcbw.graph.kinds.copy_before_write import CopyBeforeWrite
+from fastcbw.graph.kinds.delay import Delay
+from fastcbw.graph.kinds.file import File, HostDevice
+from fastcbw.graph.kinds.memory import Memory
+from fastcbw.graph.kinds.nbd import Nbd
+from fastcbw.graph.kinds.raw import Raw
+from fastcbw.graph.kinds.snapshot_access import SnapshotAccess
+
+KINDS: dict[str, Kind] = {
+    kind.driver: kind
+    for kind in (File(), HostDevice(), Raw(), Nbd(), Memory(), Delay(), CopyBeforeWrite(), SnapshotAccess())
+}

@@ -1,0 +1,95 @@
+"""Nodes and edges of the graph. Data and small questions; what changes the graph is in graph.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.disk import Disk, Snapshot
+from fastcbw.graph.permissions import Needs, Permission
+
+if TYPE_CHECKING:
+    from fastcbw.block.device import BlockDevice
+    from fastcbw.graph.kinds import Kind
+
+NOTHING = Needs(Permission.NONE, Permission.ALL)
+
+
+@dataclass(eq=False)
+class User:
+    """A parent that is no node: an export, a job. label: for messages, as in "export 'e'"."""
+
+    label: str
+
+
+@dataclass(eq=False)
+class Edge:
+    """PARENT has CHILD under NAME (QEMU's name of the child) in ROLE: source, store, target or filtered."""
+
+    parent: Node | User
+    child: Node
+    name: str
+    role: str
+    needs: Needs = NOTHING
+
+    @property
+    def label(self) -> str:
+        return self.parent.label
+
+
+@dataclass(eq=False)
+class Node:
+    """One node. device: what readers read; guest(): what guests and exports get, the same with the filter on it.
+
+    owned: somebody asked for it by name; else it was written inside its parent, and goes with it.
+    """
+
+    name: str
+    kind: Kind
+    options: dict[str, Any]
+    owned: bool
+    device: BlockDevice | None = None
+    children: dict[str, Edge] = field(default_factory=dict)
+    parents: list[Edge] = field(default_factory=list)
+    base: Disk | None = None            # the disk that a node at the bottom becomes when a guest or a snapshot needs it
+    snapshot: Snapshot | None = None    # of a copy-before-write node: what its snapshot-access nodes show
+
+    @property
+    def label(self) -> str:
+        return f"node '{self.name}'"
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nobody may write through the node."""
+        return bool(self.options.get("read-only")) or self.device is None or self.device.read_only
+
+    @property
+    def bottom(self) -> Node:
+        """The node whose bytes this one shows, through filters: itself when it is no filter."""
+        node = self
+        while node.kind.through is not None:
+            node = node.children[node.kind.through].child
+        return node
+
+    def disk(self) -> Disk:
+        """The live disk at the bottom, with the engine that snapshots of it need; made with the first call."""
+        bottom = self.bottom
+        if bottom.base is None:
+            bottom.base = Disk(bottom.device, name=bottom.name, owned=False)
+        return bottom.base
+
+    def guest(self) -> BlockDevice:
+        """What an export of the node serves. Every write to a live disk passes its filter, whichever node it enters by."""
+        return self.device if not self.kind.live else self.disk().device
+
+    def describe(self) -> dict[str, Any]:
+        """Return the node for `fastcbw graph`: driver, length, children with roles and permissions, parents."""
+        return {
+            "node": self.name,
+            "driver": self.kind.driver,
+            "length": self.device.length if self.device is not None else 0,
+            "read_only": self.read_only,
+            "children": [{"name": edge.name, "node": edge.child.name, "role": edge.role, "taken": edge.needs.taken.words,
+                          "shared": edge.needs.shared.words} for edge in self.children.values()],
+            "parents": [{"parent": edge.label, "name": edge.name, "role": edge.role} for edge in self.parents],
+        }

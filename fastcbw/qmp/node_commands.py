@@ -1,0 +1,172 @@
+"""The QMP commands of the graph: nodes, exports, backups of nodes, transactions. Names and arguments are QEMU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.qmp.errors import QmpError
+from fastcbw.qmp.nodes import Backup
+from fastcbw.qmp.schema import Argument, Command, Schema
+
+if TYPE_CHECKING:
+    from fastcbw.qmp.daemon import Daemon
+
+#: Arguments of block-export-add and blockdev-backup that QEMU has and that may only have the value that is true here.
+_EXPORT_FIXED = {"writethrough": False, "allocation-depth": False}
+_BACKUP_FIXED = {"compress": False, "auto-finalize": True, "on-source-error": "report", "on-target-error": "report"}
+
+
+def _fixed(given: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, only in fixed.items():
+        value = given.pop(name.replace("-", "_"), only)
+        if value != only:
+            raise QmpError(f"Parameter '{name}' does not accept value '{value}' (not built yet; there is '{only}')")
+
+
+def _query_nodes(daemon: Daemon, flat: bool = False) -> list:
+    with daemon.changing():
+        return daemon.nodes.describe_all(flat)
+
+
+def _graph(daemon: Daemon) -> list:
+    with daemon.changing():
+        return daemon.nodes.graph.describe()
+
+
+def _server_start(daemon: Daemon, addr: dict, max_connections: int | None = None) -> None:
+    with daemon.changing():
+        daemon.nodes.start_server(addr, max_connections)
+
+
+def _server_stop(daemon: Daemon) -> None:
+    with daemon.changing():
+        daemon.nodes.stop_server()
+
+
+# -- what a transaction may hold: each does its part, or puts a backup on the list, and returns how it is undone
+
+def _do_add(daemon: Daemon, backups: list[Backup], **description: Any) -> None:
+    daemon.nodes.add([description])
+
+
+def _do_delete(daemon: Daemon, backups: list[Backup], node_name: str) -> None:
+    daemon.nodes.remove(node_name)
+
+
+def _do_export(daemon: Daemon, backups: list[Backup], type: str, id: str, node_name: str, **others: Any) -> Callable[[], None]:
+    if type != "nbd":
+        raise QmpError(f"Parameter 'type' does not accept value '{type}' (there is nbd)")
+    _fixed(others, _EXPORT_FIXED)
+    daemon.nodes.add_export(id, node_name, **others)
+    return lambda: daemon.nodes.remove_export(id, "hard")
+
+
+def _do_replace(daemon: Daemon, backups: list[Backup], parent: str, node: str) -> None:
+    daemon.nodes.replace(parent, node)
+
+
+def _do_backup(daemon: Daemon, backups: list[Backup], device: str, target: str, sync: str, **options: Any) -> None:
+    _fixed(options, _BACKUP_FIXED)
+    perf = options.pop("x_perf", {})
+    for name, value in perf.items():
+        if name not in ("use-copy-range", "max-workers", "max-chunk"):
+            raise QmpError(f"Parameter 'x-perf.{name}' is unexpected")
+        if name == "max-workers":
+            options["workers"] = value
+    backups.append(daemon.nodes.prepare_backup(device, target, sync, **options))
+
+
+_ADD = Command("blockdev-add", "open a node, and those described inside it", _do_add, (
+    Argument("driver", "str", "the kind of the node", required=True),), open_ended=True)
+_ACTIONS = Schema([
+    _ADD,
+    Command("blockdev-del", "close a node that nobody uses", _do_delete, (
+        Argument("node-name", "str", "the node", required=True),)),
+    Command("block-export-add", "serve a node over NBD, on every socket of the server", _do_export, (
+        Argument("type", "str", "nbd", required=True),
+        Argument("id", "str", "the export, for block-export-del", required=True),
+        Argument("node-name", "str", "the node", required=True),
+        Argument("name", "str", "the name for clients (default: the node's)"),
+        Argument("writable", "bool", "clients may write (default false)"),
+        Argument("description", "str", "what NBD_OPT_INFO tells"),
+        Argument("writethrough", "bool", "false"),
+        Argument("allocation-depth", "bool", "false"))),
+    Command("fastcbw-replace", "have an export end at another node of the same disk; its clients stay", _do_replace, (
+        Argument("parent", "str", "the export's id", required=True),
+        Argument("node", "str", "the node", required=True))),
+    Command("blockdev-backup", "copy a node to another: a snapshot, or a live disk as it is now", _do_backup, (
+        Argument("job-id", "str", "the job (default: the node's name)"),
+        Argument("device", "str", "the node to copy", required=True),
+        Argument("target", "str", "the node to write", required=True),
+        Argument("sync", "str", "full, top", required=True),
+        Argument("speed", "int", "bytes per second at most; 0: no limit"),
+        Argument("bitmap", "str", "the dirty bitmap that says what to copy"),
+        Argument("bitmap-mode", "str", "what becomes of the bitmap: on-success, never, always"),
+        Argument("compress", "bool", "false"),
+        Argument("on-source-error", "str", "report"),
+        Argument("on-target-error", "str", "report"),
+        Argument("auto-finalize", "bool", "true"),
+        Argument("auto-dismiss", "bool", "the job is forgotten when it has ended (default true)"),
+        Argument("x-perf", "object", "max-workers; use-copy-range and max-chunk are chosen here"))),
+])
+
+
+def _transaction(daemon: Daemon, actions: list, properties: dict | None = None) -> None:
+    if properties not in (None, {}, {"completion-mode": "individual"}):
+        raise QmpError("Parameter 'properties' does not accept this value (there is {'completion-mode': 'individual'})")
+    transaction_of(daemon, actions)
+
+
+def transaction_of(daemon: Daemon, actions: list[dict[str, Any]]) -> None:
+    """Do ACTIONS, objects with type and data, as one. QmpError for one that is wrong; fastcbw.Error, OSError of what fails."""
+    steps = []
+    described = []      # nodes come first and together, so that they may name each other in any order
+    for action in actions:
+        if set(action) - {"type", "data"} or not isinstance(action.get("type"), str):
+            raise QmpError("Parameter 'actions' expects objects with 'type' and 'data'")
+        try:
+            command = _ACTIONS.find(action["type"])
+        except QmpError:
+            raise QmpError(f"Parameter 'type' does not accept value '{action['type']}' "
+                           f"(there is {', '.join(sorted(_ACTIONS.commands))})") from None
+        given = command.check(action.get("data", {}))
+        if command is _ADD:
+            described.append(given)
+        else:
+            steps.append(lambda backups, command=command, given=given: command.run(daemon, backups, **given))
+    with daemon.changing():
+        daemon.nodes.run([lambda backups: daemon.nodes.add(described), *steps])
+
+
+def _alone(command: Command) -> Command:
+    """COMMAND as one that is sent by itself: a transaction of one action."""
+
+    def run(daemon: Daemon, **given: Any) -> None:
+        with daemon.changing():
+            daemon.nodes.run([lambda backups: command.run(daemon, backups, **given)])
+
+    return Command(command.name, command.doc, run, command.arguments, open_ended=command.open_ended)
+
+
+def _export_del(daemon: Daemon, id: str, mode: str = "safe") -> None:
+    with daemon.changing():
+        daemon.nodes.remove_export(id, mode)
+
+
+COMMANDS = (
+    *(_alone(command) for command in _ACTIONS.commands.values()),
+    Command("block-export-del", "end an export", _export_del, (
+        Argument("id", "str", "the export", required=True),
+        Argument("mode", "str", "safe: only without clients (default); hard: disconnect them"))),
+    Command("transaction", "several changes as one: all or none", _transaction, (
+        Argument("actions", "objects", "objects with type and data", required=True),
+        Argument("properties", "object", "completion-mode: individual"))),
+    Command("query-named-block-nodes", "all nodes", _query_nodes, (
+        Argument("flat", "bool", "without what is below them; it never is there"),)),
+    Command("fastcbw-graph", "all nodes with children, roles and permissions, children first", _graph),
+    Command("nbd-server-start", "listen on one more socket", _server_start, (
+        Argument("addr", "object", "a unix or inet address", required=True),
+        Argument("max-connections", "int", "0: the server's own limit"))),
+    Command("nbd-server-stop", "close that socket; its clients stay", _server_stop),
+)

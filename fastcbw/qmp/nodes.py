@@ -1,0 +1,270 @@
+"""The daemon's graph and what hangs on it: exports by id, backups of nodes, transactions.
+
+Names, arguments, defaults and texts are those of QEMU's storage daemon; docs/qmp.md lists the differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.cbw.options import check_name
+from fastcbw.disk import Disk, group
+from fastcbw.errors import Error
+from fastcbw.export.nbd.listen import listen_tcp, listen_unix
+from fastcbw.graph.graph import Graph
+from fastcbw.graph.node import Node, User
+from fastcbw.graph.permissions import GUEST, READER, TARGET
+from fastcbw.qmp.jobs import JobRecord
+
+if TYPE_CHECKING:
+    from fastcbw.qmp.daemon import Daemon
+
+
+class NodeExport:
+    """One export made by block-export-add."""
+
+    def __init__(self, id: str, name: str, node: Node, user: User):
+        self.id, self.name, self.node, self.user = id, name, node, user
+
+
+class Backup:
+    """A blockdev-backup that is checked and not begun."""
+
+    def __init__(self, id: str, source: Node, target: Node, user: User, options: dict[str, Any], auto_dismiss: bool):
+        self.id, self.source, self.target, self.user = id, source, target, user
+        self.options, self.auto_dismiss = options, auto_dismiss
+
+
+class Nodes:
+    """The graph of DAEMON. Methods are called with the daemon's change lock held."""
+
+    def __init__(self, daemon: Daemon):
+        self.daemon = daemon
+        self.graph = Graph()
+        self.exports: dict[str, NodeExport] = {}
+        self._listening: str | None = None
+
+    def adopt(self, disk: Disk) -> None:
+        """Make the node of a disk that the daemon serves by itself."""
+        self.graph.adopt(disk)
+
+    # -- nodes
+
+    def add(self, descriptions: list[dict[str, Any]]) -> None:
+        self.graph.add(descriptions)
+
+    def remove(self, name: str) -> None:
+        self.graph.remove(name)
+
+    def describe_all(self, flat: bool) -> list[dict[str, Any]]:
+        """Return the members of query-named-block-nodes that have a meaning here."""
+        described = []
+        for node in self.graph.nodes.values():
+            image = {"filename": node.options.get("filename", node.device.name), "format": node.kind.driver,
+                     "virtual-size": node.device.length, "dirty-flag": False}
+            described.append({
+                "node-name": node.name, "drv": node.kind.driver, "ro": node.read_only, "file": image["filename"],
+                "encrypted": False, "detect_zeroes": "off", "backing_file_depth": 0, "active": True, "write_threshold": 0,
+                "cache": {"writeback": True, "direct": bool(node.options.get("cache", {}).get("direct")), "no-flush": False},
+                "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0, "image": image,
+            })
+        return described
+
+    # -- the second listener
+
+    def start_server(self, address: dict[str, Any], connections: int | None) -> None:
+        if self.daemon.nbd is None:
+            raise Error("NBD server not running (fastcbw serve was given no socket)")
+        if self._listening is not None:
+            raise Error("NBD server already running")
+        kind, data = address.get("type"), address.get("data")
+        if kind not in ("unix", "inet") or not isinstance(data, dict):
+            raise Error("Parameter 'addr' expects {'type': 'unix' or 'inet', 'data': {…}}")
+        wanted = ("path",) if kind == "unix" else ("host", "port")
+        for name in wanted:
+            if not isinstance(data.get(name), str):
+                raise Error(f"Parameter 'addr.data.{name}' is missing")
+        if set(data) - set(wanted):
+            raise Error(f"Parameter 'addr.data.{sorted(set(data) - set(wanted))[0]}' is unexpected")
+        if connections not in (None, 0):
+            raise Error("max-connections: the limit is the server's, for all its sockets (leave it out)")
+        if kind == "unix":
+            listener = listen_unix(data["path"])
+        else:
+            if not data["port"].isdigit() or int(data["port"]) > 65535:
+                raise Error(f"address resolution failed for port '{data['port']}': expected a number to 65535")
+            listener = listen_tcp(int(data["port"]), data["host"])
+        self._listening = self.daemon.nbd.listen(listener)
+
+    def stop_server(self) -> None:
+        if self._listening is None:
+            raise Error("NBD server not running")
+        self.daemon.nbd.stop_listening(self._listening)
+        self._listening = None
+
+    # -- exports
+
+    def add_export(self, id: str, node_name: str, *, name: str | None = None, writable: bool = False, description: str = "") -> None:
+        if self.daemon.nbd is None:
+            raise Error("NBD server not running")
+        if id in self.exports:
+            raise Error(f"Block export id '{id}' is already in use")
+        node = self.graph.find(node_name)
+        name = node.name if name is None else name
+        if name in self.daemon.nbd.exports:
+            raise Error(f"NBD server already has export named '{name}'")
+        if writable and (node.read_only or not node.kind.live):
+            raise Error(f"Block node is read-only: node '{node.name}'")
+        user = self.graph.attach(f"export '{id}'", [(node, "root", "source", GUEST if writable else READER)])
+        hooks = {} if node.kind.live else {"on_connect": node.snapshot.hold, "on_disconnect": node.snapshot.release}
+        try:
+            self.daemon.nbd.add_export(name, node.guest(), read_only=not writable, description=description,
+                                       background=not node.kind.live, **hooks)
+        except BaseException:
+            self.graph.detach(user)
+            raise
+        self.exports[id] = NodeExport(id, name, node, user)
+
+    def remove_export(self, id: str, mode: str = "safe") -> None:
+        if mode not in ("safe", "hard"):
+            raise Error(f"Parameter 'mode' does not accept value '{mode}' (there is safe, hard)")
+        export = self.exports.get(id)
+        if export is None:
+            raise Error(f"Export '{id}' is not found")
+        try:
+            self.daemon.nbd.remove_export(export.name, force=mode == "hard")
+        except Error as error:
+            raise Error(f"export '{id}' still in use ({error})") from None
+        del self.exports[id]
+        self.graph.detach(export.user)
+        self.daemon.emit("BLOCK_EXPORT_DELETED", {"id": id})
+
+    def replace(self, parent: str, node_name: str) -> None:
+        """Have an export end at another node of the same disk; its clients stay and nothing waits."""
+        export = self.exports.get(parent)
+        if export is None:
+            raise Error(f"export '{parent}': not found (exports by id: {', '.join(self.exports) or 'none'})")
+        node = self.graph.find(node_name)
+        if not node.kind.live:
+            raise Error(f"node '{node.name}': shows a snapshot, no live disk (name a node of the disk itself)")
+        self.graph.move(export.user, node)
+        export.node = node
+
+    # -- backups
+
+    def prepare_backup(self, device: str, target: str, sync: str, *, job_id: str | None = None, speed: int = 0,
+                       auto_dismiss: bool = True, **options: Any) -> Backup:
+        """Check a blockdev-backup and reserve its id; start_backups() begins it, give_up() forgets it."""
+        source, destination = self.graph.find(device), self.graph.find(target)
+        check_sync(sync, options.pop("bitmap", None), options.pop("bitmap_mode", None))
+        if source.bottom is destination.bottom:
+            raise Error("Source and target cannot be the same")
+        if destination.read_only or not destination.kind.live:
+            raise Error(f"Block node is read-only: node '{target}'")
+        if destination.device.length < source.device.length:
+            raise Error(f"Source and target image have different sizes (source {source.device.length}, target {destination.device.length})")
+        if speed < 0:
+            raise Error("Parameter 'speed' expects a non-negative value")
+        if speed:
+            options["rate"] = speed
+        id = device if job_id is None else check_name(job_id, "job id")
+        user = self.graph.attach(f"job '{id}'", [(source, "source", "source", READER), (destination, "target", "target", TARGET)])
+        try:
+            id = self.daemon.jobs.reserve(id)
+        except BaseException:
+            self.graph.detach(user)
+            raise
+        return Backup(id, source, destination, user, options, auto_dismiss)
+
+    def give_up(self, backup: Backup) -> None:
+        self.daemon.jobs.give_back(backup.id)
+        self.graph.detach(backup.user)
+
+    def start_backups(self, backups: list[Backup]) -> None:
+        """Begin all of BACKUPS, those of live disks at one instant; or none, and an error."""
+        live = [backup for backup in backups if backup.source.kind.live]
+        disks = [backup.source.disk() for backup in live]
+        for disk in disks:
+            if disks.count(disk) > 1:
+                raise Error(f"disk '{disk.name}': two backups of one transaction need two snapshots (start them one after the other)")
+        name = f"backup-{live[0].id}" if live else ""
+        made = dict(zip(live, group(disks).snapshot(name))) if len(live) > 1 else {b: d.snapshot(name) for b, d in zip(live, disks)}
+        jobs: list[tuple[Backup, Any]] = []
+        try:
+            for backup in backups:
+                snapshot = made.get(backup) or backup.source.snapshot
+                jobs.append((backup, snapshot.backup(backup.target.device, **backup.options)))
+        except BaseException:
+            for _, job in jobs:
+                job.cancel()
+                try:
+                    job.wait()
+                except Error:
+                    pass
+            for snapshot in made.values():
+                snapshot.close()
+            raise
+        for backup, job in jobs:
+            record = JobRecord(backup.id, job, backup.source.name, made[backup].name if backup in made else backup.source.name,
+                               backup.target.name, auto_dismiss=backup.auto_dismiss)
+            self.daemon.jobs.add(record, lambda backup=backup: self._end(backup, made.get(backup)))
+
+    def _end(self, backup: Backup, snapshot: Any) -> None:
+        with self.daemon.changing():
+            self.graph.detach(backup.user)
+            if snapshot is not None:
+                snapshot.close()
+
+    # -- transactions
+
+    def run(self, actions: list[Callable[[list[Backup]], Callable[[], None] | None]]) -> None:
+        """Do ACTIONS as one: each appends to the list what is to start at the end, and returns how it is undone."""
+        backups: list[Backup] = []
+        undo: list[Callable[[], None]] = []
+        with self.graph.transaction():
+            try:
+                for action in actions:
+                    step = action(backups)
+                    if step is not None:
+                        undo.append(step)
+                self.graph.check()
+                self.start_backups(backups)
+            except BaseException:
+                for backup in backups:
+                    self.daemon.jobs.give_back(backup.id)
+                for step in reversed(undo):
+                    step()
+                raise
+
+    def close(self) -> None:
+        """Close every node; exports and jobs have ended."""
+        self.exports.clear()
+        for node in self.graph.nodes.values():
+            node.parents = [edge for edge in node.parents if not isinstance(edge.parent, User)]
+        self.graph.close()
+
+
+def check_sync(sync: str, bitmap: str | None, mode: str | None) -> None:
+    """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built."""
+    if sync not in ("full", "top", "none", "incremental", "bitmap"):
+        raise Error(f"Parameter 'sync' does not accept value '{sync}'")
+    if mode not in (None, "on-success", "never", "always"):
+        raise Error(f"Parameter 'bitmap-mode' does not accept value '{mode}'")
+    if sync in ("incremental", "bitmap") and bitmap is None:
+        raise Error(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental":
+        if mode not in (None, "on-success"):
+            raise Error("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
+        mode = "on-success"
+    if bitmap is not None:
+        if mode is None:
+            raise Error("Bitmap sync mode must be given when providing a bitmap")
+        if sync == "none":
+            raise Error("sync mode 'none' does not produce meaningful bitmap outputs")
+        if mode == "never" and sync != "bitmap":
+            raise Error(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
+    elif mode is not None:
+        raise Error("Cannot specify bitmap sync mode without a bitmap")
+    if sync == "none":
+        raise Error("sync: 'none' is not built yet (what exists: full, top)")
