@@ -32,6 +32,7 @@ EXTENSIONS = [
     "fastcbw.block.nbd_connection",
     "fastcbw.block.nbd",
     "fastcbw.block.vectors",
+    "fastcbw.cbw.latency",
     "fastcbw.cbw.state",
     "fastcbw.cbw.locmap",
     "fastcbw.cbw.store",

@@ -20,6 +20,7 @@ import weakref
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.intercept cimport FilterDevice
+from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX
 from fastcbw.cbw.reader cimport SnapshotDevice
@@ -262,6 +263,11 @@ cdef class Engine:
             waits += load_relaxed(&line.waits)
             slowest = max(slowest, load_relaxed(&line.wait_ns_max))
         return {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000}
+
+    def latency_meter(self):
+        """Return a LatencyMeter: from now on, until its close(), guest writes are measured."""
+        self.check_open()
+        return latency_meter(&self.state.latency, LINES, self.state)
 
     def report(self, name):
         """Return the facts of one snapshot as a dict: sizes in bytes, counts in clusters. KeyError for an unknown name."""

@@ -12,5 +12,5 @@ cdef class FilterDevice(BlockDevice):
     cdef int mark_closed(self) except -1
 
 # Counts the guest write in, marks it, preserves what it is about to overwrite. Returns with *ticket counted: the write may
-# go to the disk, then leave(ticket). It waits for nothing but its own copy, claims, and old writes; each with a deadline.
-cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil
+# go to the disk, then leave(ticket). True: there was something to preserve. It waits for nothing but its own copy, claims, and old writes; each with a deadline.
+cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil

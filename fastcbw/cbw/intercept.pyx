@@ -24,6 +24,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
 from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
                                 claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
@@ -70,34 +71,34 @@ cdef class FilterDevice(BlockDevice):
 
     cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
-        cdef int code
-        guest_begin(self.state, offset, length, &ticket)
-        code = self.child.pwrite(buffer, offset, length, flags)
-        leave(ticket)
+        cdef int64_t began_ns = latency_begin(&self.state.latency)
+        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code = self.child.pwrite(buffer, offset, length, flags)
+        guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
-        cdef int code
-        guest_begin(self.state, offset, length, &ticket)
-        code = self.child.pwritev(vector, count, offset, length, flags)
-        leave(ticket)
+        cdef int64_t began_ns = latency_begin(&self.state.latency)
+        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code = self.child.pwritev(vector, count, offset, length, flags)
+        guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
-        cdef int code
-        guest_begin(self.state, offset, length, &ticket)
-        code = self.child.write_zeroes_at(offset, length, flags)
-        leave(ticket)
+        cdef int64_t began_ns = latency_begin(&self.state.latency)
+        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code = self.child.write_zeroes_at(offset, length, flags)
+        guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
-        cdef int code
-        guest_begin(self.state, offset, length, &ticket)
-        code = self.child.discard_at(offset, length, flags)
-        leave(ticket)
+        cdef int64_t began_ns = latency_begin(&self.state.latency)
+        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code = self.child.discard_at(offset, length, flags)
+        guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int sync(self) noexcept nogil:
@@ -119,7 +120,15 @@ cdef class FilterDevice(BlockDevice):
         return BlockDevice.check_open(self)
 
 
-cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+cdef inline void guest_end(EngineState state, Ticket ticket, bint touched, int64_t began_ns) noexcept nogil:
+    """The write is done: no longer counted. began_ns: what latency_begin returned; touched: what guest_begin did."""
+    leave(ticket)
+    if began_ns:
+        latency_end(&state.latency, ticket.line - state.lines, LATENCY_PRESERVING if touched else LATENCY_SETTLED, began_ns)
+
+
+cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+    """Return when the write may go to the disk: counted in *TICKET, all of it settled. True: there was something to preserve."""
     cdef Geometry *geometry
     cdef int64_t started_ns = 0         # of the first wait or copy; each limit counts from here
     while not enter_guest(state, offset, length, ticket):
@@ -134,6 +143,7 @@ cdef void guest_begin(EngineState state, int64_t offset, int64_t length, Ticket 
     store_relaxed(&ticket.line.writes, load_relaxed(&ticket.line.writes) + 1)
     store_relaxed(&ticket.line.bytes, load_relaxed(&ticket.line.bytes) + <uint64_t>length)
     fence_release()
+    return started_ns != 0
 
 
 cdef inline void count_touch(Line *line, int64_t started_ns) noexcept nogil:

@@ -7,6 +7,7 @@ from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.latency cimport LatencyTable
 from fastcbw.cbw.locmap cimport LocationMap
 from fastcbw.cbw.store cimport Store
 from fastcbw.kernels.atomic cimport sub_seq
@@ -96,6 +97,7 @@ cdef class EngineState:
     cdef PyObject *disk         # the same, for C
     cdef int64_t length         # bytes
     cdef Line *lines            # [LINES]
+    cdef LatencyTable latency   # of guest writes, while somebody asks
     cdef Epoch epochs[4]        # fixed: an enter may look at one that is over, never at one that is freed
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)

@@ -21,6 +21,7 @@ from libc.string cimport memcpy
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.latency cimport latency_free, latency_init
 from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
 from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
@@ -52,7 +53,7 @@ cdef class EngineState:
         self.disk = <PyObject *>child
         self.length = child.length
         self.lines = <Line *>map_pages(LINES * sizeof(Line))
-        if self.lines == NULL:
+        if self.lines == NULL or latency_init(&self.latency, LINES) != 0:
             raise MemoryError("engine: no memory for the threads' counters")
         self.broken_fd = -1
         self.number = 1
@@ -62,6 +63,7 @@ cdef class EngineState:
         cdef int i
         if self.lines != NULL:
             unmap_pages(self.lines, LINES * sizeof(Line))
+        latency_free(&self.latency, LINES)
         for i in range(64):
             if self.stores[i] != NULL:
                 store_free(self.stores[i])
