@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -15,6 +15,7 @@ from fastcbw.block.image import as_device
 from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.block.python import Device
+from fastcbw.cbw.dirty import DirtyBitmap
 from fastcbw.cbw.engine import Engine, take_snapshots
 from fastcbw.cbw.options import SnapshotOptions, check_name
 from fastcbw.errors import Error
@@ -109,10 +110,25 @@ class Disk:
 
         name: letters, digits, `_`, `.`, `-`. Keywords (INTERFACE's options): cluster_size=4096 (power of two, 4K to 1M),
         ram="256M", spill=None (folder), spill_limit=None, on_full="break-snapshot", on_cbw_error="break-snapshot",
-        cbw_timeout=5000 (milliseconds), export="ro", durability="none".
+        cbw_timeout=5000 (milliseconds), export="ro", durability="none"; bitmap=None (a dirty bitmap: only what it marks is
+        preserved and readable), new_bitmap=None (the name of a bitmap that starts, empty, at the same instant),
+        new_bitmap_granularity=None (default: that of `bitmap`, or 64K).
         Raises ValueError, TypeError, Error, LimitReached, OSError, MemoryError; then nothing has changed.
         """
         return _take([self], name, options)[0]
+
+    def add_bitmap(self, name: str, *, granularity: int | str | None = None, enabled: bool = True) -> DirtyBitmap:
+        """Add an empty dirty bitmap, which marks every write that begins from now on; return it.
+
+        granularity: bytes per bit, a power of two from 512 to 2G; default 64K. enabled: False marks nothing until enable().
+        Raises ValueError, TypeError, Error (the name exists), LimitReached (16 at once), MemoryError; then nothing has changed.
+        """
+        return self._engine.bitmaps.add(name, granularity=granularity, enabled=enabled)
+
+    @property
+    def bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        """The dirty bitmaps by name, oldest first: a read-only live mapping."""
+        return self._engine.bitmaps.named
 
     def serve(self, path: str | os.PathLike) -> Server:
         """Serve the disk and its snapshots over NBD on the unix socket PATH, in the background, until close()."""
@@ -138,6 +154,7 @@ class Disk:
             "length": self.length,
             "read_only": self.read_only,
             "guest": self._engine.counters(),
+            "bitmaps": self._engine.bitmaps.report(),
             "snapshots": {name: snapshot.status() for name, snapshot in list(self.snapshots.items())},
         }
 

@@ -137,8 +137,8 @@ def test_closing_a_group_tries_every_snapshot(disk):
     ({"on_cbw_error": "break-guest-write"}, ValueError, "on_cbw_error"),
     ({"export": "discard"}, ValueError, "export: 'discard'"),
     ({"durability": "power"}, ValueError, "durability: 'power'"),
-    ({"bitmap": "b"}, ValueError, "bitmap: 'b'"),
-    ({"new_bitmap": "b"}, ValueError, "new_bitmap"),
+    ({"bitmap": "b"}, fastcbw.Error, "bitmap 'b': not found"),
+    ({"new_bitmap": "b/"}, ValueError, "new_bitmap: 'b/' is no name"),
     ({"copy_on_read": True}, ValueError, "copy_on_read"),
     ({"colour": "red"}, TypeError, "colour"),
 ])

@@ -18,6 +18,8 @@ cdef enum:
     # flags of block_status: the bits of NBD base:allocation
     STATUS_HOLE = 1     # not allocated
     STATUS_ZERO = 2     # reads as zeroes
+    # and one that NBD has not
+    STATUS_ABSENT = 4   # outside what the snapshot keeps: a read is an error
 
     # operations, of what is under way in a queue
     IO_READ = 0

@@ -8,6 +8,7 @@ from typing_extensions import Buffer, Self
 EXTENT_DTYPE: np.dtype[Any]
 HOLE: int
 ZERO: int
+ABSENT: int
 
 ENGINES: tuple[str, ...]
 

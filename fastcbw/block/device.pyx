@@ -17,11 +17,12 @@ import os as _os
 
 import numpy as _np
 
-#: dtype of an array of extents: bytes, bytes, STATUS_* bits (1 hole, 2 zero).
+#: dtype of an array of extents: bytes, bytes, STATUS_* bits (1 hole, 2 zero, 4 not in the snapshot).
 EXTENT_DTYPE = _np.dtype([("offset", "<i8"), ("length", "<i8"), ("flags", "<u4")])
 
 HOLE = STATUS_HOLE
 ZERO = STATUS_ZERO
+ABSENT = STATUS_ABSENT
 
 cdef int64_t ZEROES_CHUNK = 1 << 20
 
@@ -230,7 +231,7 @@ cdef class BlockDevice:
     def extents(self, int64_t offset=0, length=None):
         """Return the extents of a range (default: to the end) as a structured array of EXTENT_DTYPE.
 
-        offset, length in bytes; flags: 1 hole, 2 reads as zeroes. Neighbours with equal flags are merged.
+        offset, length in bytes; flags: 1 hole, 2 reads as zeroes, 4 not in the snapshot (a read is an error). Neighbours with equal flags are merged.
         """
         cdef int64_t left = self.length - offset if length is None else length
         cdef int64_t got = 0

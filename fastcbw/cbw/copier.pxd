@@ -49,6 +49,7 @@ cdef class Copier:
     cdef bint next_piece(self, Piece *piece) noexcept nogil
     cdef bint next_in_ram(self, Piece *piece) noexcept nogil
     cdef int64_t look_ahead(self) noexcept nogil
+    cdef int64_t look_at_cursor(self) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil
     cdef int write_data(self, const char *buffer, int64_t offset, int64_t length) noexcept nogil

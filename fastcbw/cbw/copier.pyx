@@ -15,9 +15,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
-from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
+from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ABSENT, STATUS_ZERO
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport Snap, Ticket, bitmap_bytes, enter, leave
+from fastcbw.cbw.state cimport Snap, Ticket, bitmap_bytes, copy_run, enter, leave
 from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_seq
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
@@ -27,6 +27,7 @@ from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mut
 ORDERS = ("sequential", "ram-first")
 
 cdef enum:
+    SKIPPED = -3000             # no error code
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
@@ -228,6 +229,8 @@ cdef class Copier:
         pthread_mutex_lock(&self.lock)
         if self.ram_first:
             found = self.next_in_ram(piece)
+            while found and piece.length == 0:
+                found = self.next_in_ram(piece)
             self.ram_first = found
         if not found:
             got = self.look_ahead()
@@ -248,6 +251,7 @@ cdef class Copier:
         cdef int64_t clusters = self.snapshot.snap.geometry.clusters
         cdef int64_t best = clusters, first, count
         cdef int64_t best_count = 0
+        cdef bint inside
         cdef Ticket ticket = enter(self.snapshot.state)
         cdef int i
         if ticket.epoch.geometry != self.snapshot.snap.geometry:
@@ -265,8 +269,12 @@ cdef class Copier:
             return False
         if best_count > self.chunk >> bits:
             best_count = self.chunk >> bits
+        self.ram_next = copy_run(self.snapshot.snap, best, best + best_count, &inside)
+        best_count = self.ram_next - best
+        if not inside:
+            piece.length = 0            # nothing of the snapshot's: ask again
+            return True
         bits_set_atomic(self.taken, best, best_count)
-        self.ram_next = best + best_count
         piece.offset = best << bits
         piece.length = best_count << bits
         if piece.length > self.source.length - piece.offset:
@@ -275,7 +283,14 @@ cdef class Copier:
         return True
 
     cdef int64_t look_ahead(self) noexcept nogil:
-        """How long the next piece at the cursor is; 0: the end; -errno. Skips what the RAM pass has taken."""
+        """How long the next piece at the cursor is; 0: the end; -errno. Skips what the RAM pass has taken, and what is not in the snapshot."""
+        cdef int64_t got = SKIPPED
+        while got == SKIPPED:
+            got = self.look_at_cursor()
+        return got
+
+    cdef int64_t look_at_cursor(self) noexcept nogil:
+        """As look_ahead; SKIPPED when the cursor has moved on instead."""
         cdef int64_t end = self.source.length
         cdef int64_t got, cluster, clusters
         cdef uint32_t flags = 0
@@ -297,6 +312,12 @@ cdef class Copier:
             got = self.source.block_status(self.cursor, self.source.length - self.cursor, &flags)
             if got < 0:
                 return got
+            if flags & STATUS_ABSENT:
+                # Not in the snapshot, by a bitmap: there is nothing to do, so that time follows what is in it.
+                got = min(got, end - self.cursor)
+                self.cursor += got
+                add_seq(&self.done_bytes, <uint64_t>got)
+                return SKIPPED
             self.extent_end = self.cursor + got
             self.extent_zero = flags & STATUS_ZERO
         if end > self.extent_end:

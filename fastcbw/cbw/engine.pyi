@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.cbw.dirty import DirtyBitmaps
 from fastcbw.cbw.intercept import FilterDevice
 from fastcbw.cbw.latency import LatencyMeter
 from fastcbw.cbw.options import SnapshotOptions
@@ -13,6 +14,7 @@ JOIN_SECONDS: float
 class Engine:
     device: FilterDevice
     snapshots: dict[str, SnapshotDevice]
+    bitmaps: DirtyBitmaps
     def __init__(self, child: BlockDevice) -> None: ...
     def snapshot(self, name: str, **options: Any) -> SnapshotDevice: ...
     def delete(self, name: str) -> None: ...

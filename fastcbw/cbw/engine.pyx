@@ -19,6 +19,7 @@ import weakref
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.dirty cimport DirtyBitmaps
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
@@ -55,6 +56,7 @@ cdef class Engine:
     cdef EngineState state
     cdef readonly FilterDevice device
     cdef readonly dict snapshots        # name: SnapshotDevice, live and broken ones, oldest first
+    cdef readonly DirtyBitmaps bitmaps
     cdef object control                 # begins and ends one at a time
     cdef object threads
     cdef object pool
@@ -69,6 +71,7 @@ cdef class Engine:
         self.device = FilterDevice(self.state)
         self.snapshots = {}
         self.control = threading.RLock()
+        self.bitmaps = self.state.bitmaps = DirtyBitmaps(self.state, self.control)
         self.threads = []
         self.logs = self.state.logs = {}
         self.device.engine = self
@@ -119,8 +122,11 @@ cdef class Engine:
             raise Error(f"spill: {options.spill.name}: is the disk tier of another snapshot (each needs its own device; a folder is shared)")
         return bits
 
-    cdef int prepare(self, str name, options, Creation *creation) except -1:
-        """Allocate all that a snapshot needs; nothing is visible yet. On an error nothing is held."""
+    cdef object prepare(self, str name, options, Creation *creation):
+        """Allocate all that a snapshot needs; nothing is visible yet. Return the DirtyWords it is made of, or None.
+
+        On an error nothing is held.
+        """
         cdef Epoch *epoch = &self.state.epochs[self.state.number & 3]
         cdef int bits = self.cluster_bits_for(name, options)
         cdef int index = find_store_index(self.state)
@@ -159,10 +165,18 @@ cdef class Engine:
                 _spill_owners[id(device)] = weakref.ref(self)
         creation.state = <PyObject *>self.state
         creation.snap = snap
-        return 0
+        try:
+            return self.bitmaps.prepare(options, creation)
+        except BaseException:
+            self.undo(creation)
+            raise
 
-    cdef int abandon(self, Creation *creation) except -1:
+    cdef int abandon(self, options, Creation *creation) except -1:
         """Undo prepare: nothing has been flipped in."""
+        self.bitmaps.abandon(options)
+        return self.undo(creation)
+
+    cdef int undo(self, Creation *creation) except -1:
         cdef Store *store = creation.snap.store
         unmap_pages(creation.settled, bitmap_bytes(creation.snap.geometry.clusters))
         store.retired = True
@@ -315,6 +329,7 @@ cdef class Engine:
         """In the child of a fork: refuse everything from now on. The threads are the parent's."""
         self.state.forked = True
         self.control = threading.RLock()        # whoever holds the old one is in the parent
+        self.bitmaps.take_control(self.control)
         self.device.mark_closed()
         for snapshot in self.snapshots.values():
             (<SnapshotDevice>snapshot).mark_closed()
@@ -330,6 +345,7 @@ cdef class Engine:
             for name in list(reversed(list(self.snapshots))):
                 self.delete(name)
             self.closed = True
+            self.bitmaps.close()
             self.device.close()
         if self.threads:
             self.pool.stop()
@@ -387,6 +403,7 @@ def take_snapshots(engines, name, options):
     cdef Creation creations[64]
     cdef Engine engine
     cdef int count = 0, i
+    frozen = []
     check_name(name)
     if not engines:
         raise ValueError("snapshot: no disks given")
@@ -403,23 +420,26 @@ def take_snapshots(engines, name, options):
             engine.cluster_bits_for(name, options)
         try:
             for engine in engines:
-                engine.prepare(name, options, &creations[count])
+                frozen.append(engine.prepare(name, options, &creations[count]))
                 count += 1
             for engine in engines:
                 engine.start_threads()
         except BaseException:
             for i in range(count):
                 engine = engines[i]
-                engine.abandon(&creations[i])
+                engine.abandon(options, &creations[i])
             raise
         with nogil:
             creations_flip(creations, count)
             for i in range(count):
                 creation_finish(&creations[i])
         devices = []
+        for engine in engines:
+            engine.bitmaps.conclude(options)
         for i in range(count):
             engine = engines[i]
             device = _make_device(engine, creations[i].snap, name)
+            device.bitmap, device.bitmap_name = frozen[i], options.bitmap
             engine.snapshots[name] = device
             devices.append(device)
         return devices

@@ -184,9 +184,9 @@ cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end,
         if first == end:
             return GO_ON
         needing = newest_needing(epoch, first)
-        if needing == NULL or (is_claimed(epoch.geometry, first) and lookup(epoch, needing, first) != WORD_NONE):
-            # Outside every `copy`, or all broken, and neither ever goes back: it needs no claim and no bit. Nor does what
-            # is in a store already; when the claim is to be had, it is settled, when not, nothing is worth waiting for.
+        if is_claimed(epoch.geometry, first) and (needing == NULL or lookup(epoch, needing, first) != WORD_NONE):
+            # Outside every `copy`, or all broken, and neither ever goes back; or in a store already. When the claim is to be
+            # had, it is settled, so that the next write there costs nothing; when not, nothing is worth waiting for.
             first += 1
             continue
         round_end = end if end - first < limit else first + limit

@@ -3,7 +3,8 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 
-from fastcbw.cbw.state cimport EngineState, Geometry, Snap
+from fastcbw.bitmaps.dirty cimport dirty_words
+from fastcbw.cbw.state cimport DIRTY_MAX, EngineState, Geometry, Snap
 
 # One snapshot being taken; several of them, of different engines, are flipped in at one instant.
 cdef struct Creation:
@@ -11,6 +12,9 @@ cdef struct Creation:
     Snap *snap
     uint64_t *settled       # of the new epoch: untouched zeroes
     int index               # of the epoch before, to drain
+    dirty_words *frozen     # a bitmap that this instant takes out of the writers' hands and makes `copy` of; or NULL
+    int dirty_count         # what the writers mark from the instant on
+    dirty_words *dirty[DIRTY_MAX]
 
 cdef void creations_flip(Creation *creations, int count) noexcept nogil         # the instant, the same for all
 cdef void creation_finish(Creation *creation) noexcept nogil                    # the view is constant when it returns

@@ -4,6 +4,9 @@ Create. Fill the next epoch: fresh `settled` (untouched zero pages, whatever the
 snapshot first in `need` and `chain`. Flip; drain the old epoch's writes, which are in or out of the snapshot; flip to
 the same epoch without `draining`; drain again, because a write of the first new epoch may have read old data while an
 old write was landing and publish it late. Then the view is constant and is handed out. The guest waited for nothing.
+Dirty bitmaps are switched by the same first flip: one that begins here gets every write that is not in the old epoch, one
+that `copy` is made of gets no more. What it holds is read after the drains: a write of the old epoch, which the view may
+hold, has marked it by then. Until then `copy` is everything.
 
 Group. New guest writes on all the disks are held while all are flipped (a few stores), so that no write that was issued
 after one disk's acknowledgement is in a snapshot that lacks it; then each disk drains for itself.
@@ -16,6 +19,7 @@ nothing for it (destination first, so that a look-up never misses it), or drop i
 
 from libc.stdint cimport int64_t, uint64_t
 
+from fastcbw.bitmaps.dirty cimport dirty_convert
 from fastcbw.bitmaps.mapping cimport unmap_pages
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
                                  word_tag)
@@ -46,6 +50,9 @@ cdef void fill(EngineState state, Creation *creation) noexcept nogil:
     epoch.settled = creation.settled
     epoch.changed = creation.snap.changed
     epoch.draining = 1
+    epoch.dirty_count = creation.dirty_count
+    for i in range(creation.dirty_count):
+        epoch.dirty[i] = creation.dirty[i]
 
 
 cdef void creations_flip(Creation *creations, int count) noexcept nogil:
@@ -72,6 +79,9 @@ cdef void finish(EngineState state, Creation *creation) noexcept nogil:
     drain(state, creation.index)
     next_epoch(state)               # a copy with `draining` off
     drain(state, flip(state))
+    if creation.frozen != NULL:
+        dirty_convert(&creation.snap.within, creation.snap.geometry.cluster_bits, &creation.frozen.bits, creation.frozen.shift)
+        store_release(&creation.snap.within_set, 1)
     if old_settled != NULL:
         unmap_pages(old_settled, bitmap_bytes(creation.snap.geometry.clusters))
 

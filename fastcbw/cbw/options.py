@@ -24,7 +24,7 @@ _CHOICES = {
     "export": (("ro",), ("discard", "read-once")),
     "durability": (("none",), ("process", "power")),
 }
-_LATER = ("bitmap", "new_bitmap", "copy_on_read")
+_LATER = ("copy_on_read",)
 
 
 def check_name(name: str, what: str = "snapshot name") -> str:
@@ -49,6 +49,10 @@ class SnapshotOptions:
     spill: str | BlockDevice | None = None
     spill_limit: int = 0
     cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT
+    bitmap: str | None = None
+    bitmap_for: str | None = None           # what BITMAP is handed to until it is given back; None: it goes on as it was
+    new_bitmap: str | None = None
+    new_bitmap_granularity: int | None = None
 
     @classmethod
     def parse(
@@ -63,6 +67,10 @@ class SnapshotOptions:
         cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT,
         export: str = "ro",
         durability: str = "none",
+        bitmap: str | None = None,
+        bitmap_for: str | None = None,
+        new_bitmap: str | None = None,
+        new_bitmap_granularity: int | str | None = None,
         **others: object,
     ) -> SnapshotOptions:
         """Check the keywords of INTERFACE; ValueError or TypeError names the option, its value and what is expected."""
@@ -82,7 +90,26 @@ class SnapshotOptions:
             raise TypeError(f"cbw_timeout: expected milliseconds as an int, got {type(cbw_timeout).__name__}")
         if not 1 <= cbw_timeout <= 86_400_000:
             raise ValueError(f"cbw_timeout: {cbw_timeout} is not within 1 to 86400000 milliseconds")
-        return cls(size, room, folder, limit, cbw_timeout)
+        return cls(size, room, folder, limit, cbw_timeout, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
+
+
+def _parse_bitmaps(bitmap: object, bitmap_for: str | None, new_bitmap: object, granularity: int | str | None) -> dict:
+    for option, value in (("bitmap", bitmap), ("new_bitmap", new_bitmap)):
+        if value is not None:
+            check_name(value, option)
+    if granularity is not None:
+        if new_bitmap is None:
+            raise ValueError(f"new_bitmap_granularity: {granularity!r} without new_bitmap (name the bitmap that is to begin)")
+        granularity = parse_granularity(granularity, "new_bitmap_granularity")
+    return {"bitmap": bitmap, "bitmap_for": bitmap_for, "new_bitmap": new_bitmap, "new_bitmap_granularity": granularity}
+
+
+def parse_granularity(value: int | str, what: str = "granularity") -> int:
+    """Return bytes per bit of a dirty bitmap; ValueError unless it is a power of two from 512 to 2G."""
+    size = parse_size(value, what)
+    if size & (size - 1) or not 512 <= size <= 2 << 30:
+        raise ValueError(f"{what}: {value!r} is no power of two from 512 to 2G")
+    return size
 
 
 def _check_choice(option: str, value: object) -> None:

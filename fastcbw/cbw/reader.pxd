@@ -15,6 +15,8 @@ cdef class SnapshotDevice(BlockDevice):
     cdef readonly object engine         # keeps what owns the newer snapshots alive, which a read may look into; None when it ended
     cdef Snap *snap             # one reference, until close
     cdef readonly int cluster_bits
+    cdef readonly object bitmap         # DirtyWords that `copy` was made of, as they were at the instant; or None
+    cdef readonly str bitmap_name
     cdef readonly bint retired          # the engine has unlinked it (control)
 
     cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil

@@ -15,15 +15,14 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strerror
 
-from fastcbw.block.device cimport BlockDevice, STATUS_HOLE, STATUS_ZERO
+from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf, word_position,
                                  word_slot, word_store, word_tag)
 from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
-                                WHY_TIMEOUT, enter, leave, lookup, snap_unref)
+                                WHY_TIMEOUT, copy_run, enter, leave, lookup, snap_unref)
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
-from fastcbw.kernels.bits cimport bits_any
 
 from fastcbw.errors import NotInSnapshot, SnapshotBroken
 
@@ -237,27 +236,36 @@ cdef class SnapshotDevice(BlockDevice):
         """0, or why the snapshot may not be read there. I5: one cluster outside `copy` makes the request an error."""
         cdef int64_t first = offset >> self.cluster_bits
         cdef int64_t count = ((offset + length - 1) >> self.cluster_bits) + 1 - first
+        cdef bint inside
         fence_acquire()         # after the look-ups that came before (R5)
         if load_seq(&self.snap.dead) != ALIVE:
             return ERROR_BROKEN
-        if bits_any(self.snap.not_copy, first, count):
+        if copy_run(self.snap, first, first + count, &inside) < first + count or not inside:
             return ERROR_NOT_IN_SNAPSHOT
         return 0
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        """Zero clusters are holes; what is in a store is data; what is nowhere is what the active disk says, if it still is so."""
+        """Zero clusters are holes; what is in a store is data; what is nowhere is what the active disk says, if it still is so.
+
+        What is outside `copy` is STATUS_ABSENT: status tells of it what a read would, and goes on behind it.
+        """
         cdef uint64_t words[BATCH_CLUSTERS]
         cdef uint64_t kind
         cdef Ticket ticket
         cdef int64_t first = offset >> self.cluster_bits
         cdef int64_t cluster = first
-        cdef int64_t end_cluster = ((offset + length - 1) >> self.cluster_bits) + 1
+        cdef int64_t end_cluster
         cdef int64_t got, limit
         cdef int i, count
-        cdef int code = self.verdict(offset, 1)
-        if code:
-            return code
+        cdef bint inside
         while True:
+            if load_seq(&self.snap.dead) != ALIVE:
+                return ERROR_BROKEN
+            end_cluster = copy_run(self.snap, first, ((offset + length - 1) >> self.cluster_bits) + 1, &inside)
+            if not inside:
+                flags[0] = STATUS_ABSENT
+                limit = (end_cluster << self.cluster_bits) - offset
+                return limit if limit < length else length
             # How far does the kind of the first cluster go?
             ticket = enter(self.state)
             cluster = next_held(ticket.epoch, self.snap, first, end_cluster)
@@ -290,9 +298,9 @@ cdef class SnapshotDevice(BlockDevice):
                 return got
             fence_seq()
             got = self.nowhere(offset, got)
-            if got > 0:         # 0: its first cluster was preserved meanwhile, which happens once
-                code = self.verdict(offset, 1)
-                return got if code == 0 else code
+            if got > 0 and self.verdict(offset, 1) == 0:
+                return got
+            # Its first cluster was preserved meanwhile, or left the snapshot: each happens once.
 
     cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil:
         """How many bytes of the range, from its start, still no store holds."""

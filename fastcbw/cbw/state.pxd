@@ -6,6 +6,7 @@
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastcbw.bitmaps.dirty cimport dirty_words
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport LatencyTable
 from fastcbw.cbw.locmap cimport LocationMap
@@ -17,6 +18,7 @@ from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 cdef enum:
     LINES = 256                 # one for each live thread, see csrc/threads.h
     SNAPSHOTS_MAX = 62          # stores and chain positions; two are kept for stores that outlive their snapshot
+    DIRTY_MAX = 16              # named dirty bitmaps of a disk at once
     STRIPES = 64                # mutexes for those who wait for a claim
 
     # Snapshot.dead
@@ -49,7 +51,10 @@ cdef struct Snap:
     Geometry *geometry          # one reference
     Store *store                # where new old data goes (control)
     LocationMap map             # words (claim), looked up by anybody counted
-    uint64_t *not_copy          # complement of `copy`: bit set, the reader does not need the cluster (claim)
+    # `copy`, what the reader still needs: what `within` marks (everything until within_set), without `not_copy`. It only shrinks.
+    sparse_bits not_copy        # given up one by one (claim); with summary
+    sparse_bits within          # from a dirty bitmap; filled before within_set, then constant; words NULL: the whole disk
+    uint64_t within_set         # atomic, release
     sparse_bits changed         # written since the snapshot, marked by guest writes while it is the newest (atomic); with summary
     uint64_t *ram               # summaries of the words, for queries and copy order only (atomic)
     uint64_t *disk
@@ -69,10 +74,12 @@ cdef struct Epoch:
     uint64_t *settled           # bit per cluster: a guest write has nothing left to preserve (claim)
     sparse_bits changed         # the newest live snapshot's: the same words and summary (atomic)
     int draining                # between the two flips of a creation (flip)
+    int dirty_count             # named dirty bitmaps that record (flip); in the cache line of all that a settled write looks at
     int need_count              # snapshots to preserve for, newest first; no dying ones (flip)
     int chain_count             # snapshots to look in, newest first; dying ones included (flip)
     Snap *need[SNAPSHOTS_MAX]
     Snap *chain[SNAPSHOTS_MAX]
+    dirty_words *dirty[DIRTY_MAX]   # their words, marked by every guest write (atomic)
 
 # Two cache lines of a thread: no other thread writes them, except that line 0 is shared by all beyond LINES - 1.
 cdef struct Line:
@@ -105,6 +112,7 @@ cdef class EngineState:
     cdef int broken_fd          # eventfd, written when a snapshot breaks: the keeper waits for it
     cdef bint forked            # we are the child of a fork: the threads and the disk are the parent's
     cdef object workers         # cbw.worker.CopyPool, set by the Engine
+    cdef object bitmaps         # cbw.dirty.DirtyBitmaps: they own the words that epochs name; set by the Engine
     cdef object logs            # what holds the devices of the stores' logs: a copy that hangs may outlive the Engine
     cdef PyObject *pool         # the same, for C; NULL before the first snapshot
 
@@ -115,6 +123,8 @@ cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket 
 cdef inline void leave(Ticket ticket) noexcept nogil:
     sub_seq(&ticket.line.inflight[ticket.index], 1)
 
+# Marks `changed` and every dirty bitmap over a range of bytes, as a guest write does: for whoever changes content while counted in EPOCH.
+cdef void mark_range(Epoch *epoch, int64_t offset, int64_t length) noexcept nogil
 cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil      # R3
 cdef Epoch *next_epoch(EngineState state) noexcept nogil            # a copy of the present one, to be changed and flipped in
 cdef int flip(EngineState state) noexcept nogil                     # the index to drain
@@ -129,6 +139,7 @@ cdef void claim_release(Geometry *geometry, const uint64_t *got, int64_t first, 
 cdef int claim_wait(Geometry *geometry, int64_t first, int64_t count, int64_t deadline_ns) noexcept nogil
 cdef int claim_one(Geometry *geometry, int64_t cluster, int64_t deadline_ns) noexcept nogil     # waits; -ETIMEDOUT
 
+cdef bint map_bits(sparse_bits *bits, int64_t length) noexcept nogil        # zeroes; False without memory, to be unmapped all the same
 cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_t id) noexcept nogil
 cdef void snap_ref(Snap *snap) noexcept nogil
 cdef void snap_unref(Snap *snap) noexcept nogil
@@ -145,3 +156,6 @@ cdef inline int64_t bitmap_bytes(int64_t bits) noexcept nogil:
     return (bits + 63) // 64 * 8
 
 cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil         # acquire
+# How far first..end is alike, all inside `copy` (*inside) or all outside, at least one cluster; in time that follows what is marked.
+# Neighbours outside may come as several runs.
+cdef int64_t copy_run(const Snap *snap, int64_t first, int64_t end, bint *inside) noexcept nogil

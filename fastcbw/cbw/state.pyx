@@ -7,7 +7,7 @@ The order of steps and the memory ordering follow PROTOCOL sections 2, 3 and 8; 
                     either the operation sees the new number and starts over, or the drain sees the operation and waits.
     claims          fetch_or with acquire, release with seq_cst (the waiters' count is loaded after it, see claim_release).
     publish         the data, then its location word with release; a look-up loads the word with acquire, then the data.
-    end of data     `dead` or `not_copy` first, then the word is removed; readers check in the opposite order.
+    end of data     `dead` or `copy` first, then the word is removed; readers check in the opposite order.
 
 The epochs are a ring of four: a flip fills the next one, and goes on only after the one before the last is drained, so
 that an operation that is counted never sees its epoch refilled.
@@ -19,6 +19,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from fastcbw.bitmaps.dirty cimport dirty_mark
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport latency_free, latency_init
@@ -26,8 +27,8 @@ from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_
 from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
-from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq
-from fastcbw.kernels.sparse cimport sparse_mark, summary_bits
+from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq, bits_next_zero
+from fastcbw.kernels.sparse cimport sparse_bits, sparse_mark, sparse_next_one, summary_bits
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
 
@@ -96,7 +97,7 @@ cdef Ticket enter(EngineState state) noexcept nogil:
 cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
     """As enter, for a guest write to that range of bytes; waits while a group of disks is being flipped.
 
-    Then marks `changed` and tests `settled`, marks first, all seq_cst (section 8, write and drop). This is the whole of the
+    Then marks the dirty bitmaps and `changed`, and tests `settled`, marks first, all seq_cst (section 8, write and drop). This is the whole of the
     settled path but for leave(): one counter, a few loads. No lock, no allocation, no call for a write within one bitmap word.
     """
     cdef int slot = thread_slot()
@@ -112,6 +113,8 @@ cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket 
         store_relaxed(&line.end, <uint64_t>(offset + length))
     ticket[0] = count_in(state, line, True)
     epoch = ticket.epoch
+    if epoch.dirty_count:
+        mark_dirty(epoch, offset, length)
     if epoch.geometry == NULL:
         return True
     first = offset >> epoch.geometry.cluster_bits
@@ -126,6 +129,22 @@ cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket 
         sparse_mark(&epoch.changed, first, count)
         or_seq(epoch.changed.words + w, mask)
     return (load_seq(epoch.settled + w) & mask) == mask
+
+
+cdef void mark_dirty(Epoch *epoch, int64_t offset, int64_t length) noexcept nogil:
+    cdef int i
+    for i in range(epoch.dirty_count):
+        dirty_mark(epoch.dirty[i], offset, length)
+
+
+cdef void mark_range(Epoch *epoch, int64_t offset, int64_t length) noexcept nogil:
+    cdef int64_t first, count
+    mark_dirty(epoch, offset, length)
+    if epoch.geometry != NULL:
+        first = offset >> epoch.geometry.cluster_bits
+        count = cluster_end(epoch.geometry, offset, length) - first
+        sparse_mark(&epoch.changed, first, count)
+        bits_mark_seq(epoch.changed.words, first, count)
 
 
 cdef bint is_current(EngineState state, const Epoch *epoch) noexcept nogil:
@@ -285,14 +304,11 @@ cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_
     snap.store = store
     snap.geometry = geometry
     geometry_ref(geometry)
-    snap.not_copy = <uint64_t *>map_pages(size)
-    snap.changed.length = geometry.clusters
-    snap.changed.words = <uint64_t *>map_pages(size)
-    snap.changed.summary = <uint64_t *>map_pages(bitmap_bytes(summary_bits(geometry.clusters)))
     snap.ram = <uint64_t *>map_pages(size)
     snap.disk = <uint64_t *>map_pages(size)
     snap.zero = <uint64_t *>map_pages(size)
-    if snap.not_copy == NULL or snap.changed.words == NULL or snap.changed.summary == NULL or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
+    if not (map_bits(&snap.not_copy, geometry.clusters) and map_bits(&snap.changed, geometry.clusters)) \
+            or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
         snap_free(snap)
         return NULL
     return snap
@@ -301,6 +317,18 @@ cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_
 cdef inline void unmap_bitmap(uint64_t *words, int64_t size) noexcept nogil:
     if words != NULL:
         unmap_pages(words, size)
+
+
+cdef bint map_bits(sparse_bits *bits, int64_t length) noexcept nogil:
+    bits.length = length
+    bits.words = <uint64_t *>map_pages(bitmap_bytes(length))
+    bits.summary = <uint64_t *>map_pages(bitmap_bytes(summary_bits(length)))
+    return bits.words != NULL and bits.summary != NULL
+
+
+cdef void unmap_bits(sparse_bits *bits) noexcept nogil:
+    unmap_bitmap(bits.words, bitmap_bytes(bits.length))
+    unmap_bitmap(bits.summary, bitmap_bytes(summary_bits(bits.length)))
 
 
 cdef void snap_ref(Snap *snap) noexcept nogil:
@@ -316,9 +344,9 @@ cdef void snap_unref(Snap *snap) noexcept nogil:
 cdef void snap_free(Snap *snap) noexcept nogil:
     cdef int64_t size = bitmap_bytes(snap.geometry.clusters)
     map_free(&snap.map)
-    unmap_bitmap(snap.not_copy, size)
-    unmap_bitmap(snap.changed.words, size)
-    unmap_bitmap(snap.changed.summary, bitmap_bytes(summary_bits(snap.geometry.clusters)))
+    unmap_bits(&snap.not_copy)
+    unmap_bits(&snap.within)
+    unmap_bits(&snap.changed)
     unmap_bitmap(snap.ram, size)
     unmap_bitmap(snap.disk, size)
     unmap_bitmap(snap.zero, size)
@@ -327,7 +355,21 @@ cdef void snap_free(Snap *snap) noexcept nogil:
 
 
 cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil:
-    return ((load_acquire(snap.not_copy + cluster // 64) >> (cluster % 64)) & 1) == 0
+    if (load_acquire(snap.not_copy.words + cluster // 64) >> (cluster % 64)) & 1:
+        return False
+    return not load_acquire(&snap.within_set) or (load_relaxed(snap.within.words + cluster // 64) >> (cluster % 64)) & 1
+
+
+cdef int64_t copy_run(const Snap *snap, int64_t first, int64_t end, bint *inside) noexcept nogil:
+    cdef bint limited = load_acquire(&snap.within_set) != 0
+    inside[0] = in_copy(snap, first)
+    if inside[0]:
+        if limited:
+            end = bits_next_zero(snap.within.words, first, end)
+        return sparse_next_one(&snap.not_copy, first, end)
+    if limited and not (load_relaxed(snap.within.words + first // 64) >> (first % 64)) & 1:
+        return sparse_next_one(&snap.within, first, end)
+    return bits_next_zero(snap.not_copy.words, first, end)
 
 
 cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil:
