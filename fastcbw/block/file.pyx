@@ -7,7 +7,7 @@ block/locks.py.
 """
 
 from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 import errno as _errno
 import os as _os
@@ -19,7 +19,7 @@ from fastcbw.block.device cimport (BlockDevice, FAST_ONLY, FUA, IO_READ, IO_SYNC
                                    STATUS_HOLE, STATUS_ZERO)
 from fastcbw.block.queue import check_engine as _check_engine
 from fastcbw.block.sys cimport iovec
-from fastcbw.kernels.atomic cimport load32_relaxed, store32_relaxed
+from fastcbw.kernels.atomic cimport load32_relaxed, load_relaxed, store32_relaxed, store_relaxed
 from fastcbw.units import parse_size
 
 cdef extern from "sysio.h" nogil:
@@ -35,7 +35,7 @@ cdef extern from "sysio.h" nogil:
     int fcbw_discard_sectors(int fd, int64_t offset, int64_t length) noexcept
     int fcbw_sector_bytes(int fd) noexcept
     bint fcbw_in_memory(int fd) noexcept
-    int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, bint *hole) noexcept
+    int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, bint *hole, int64_t *data_end) noexcept
 
 _KINDS = [
     (_stat.S_ISFIFO, "a fifo"), (_stat.S_ISSOCK, "a socket"), (_stat.S_ISCHR, "a character device"),
@@ -258,6 +258,7 @@ cdef class FileDevice(BlockDevice):
         cdef int code
         if flags & MAY_UNMAP and not load32_relaxed(&self.lacks_punch):
             code = fcbw_punch_hole(self.fd, offset, length)
+            store_relaxed(&self.data_end, 0)
             if code != -EOPNOTSUPP and code != -EINVAL:
                 return code
             if code == -EOPNOTSUPP:
@@ -282,6 +283,7 @@ cdef class FileDevice(BlockDevice):
                     code = fcbw_discard_sectors(self.fd, offset, end - offset)
             else:
                 code = fcbw_punch_hole(self.fd, offset, length)
+                store_relaxed(&self.data_end, 0)
             if code == -EOPNOTSUPP or code == -EINVAL:
                 code = 0        # advisory
         if code == 0 and flags & FUA:
@@ -311,11 +313,22 @@ cdef class FileDevice(BlockDevice):
             store32_relaxed(&self.sync_errno, <uint32_t>(-code))
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
+        """Ask the file system, once for each extent of data: it walks page by page, on tmpfs, to where the data ends.
+
+        Whoever asks range by range would else have it walk from each range to the end of the file.
+        """
         cdef bint hole = False
-        cdef int64_t got
+        cdef int64_t got, end = <int64_t>load_relaxed(&self.data_end)
+        flags[0] = 0
         if self.sector > 1:     # block devices don't tell
-            flags[0] = 0
             return length
-        got = fcbw_first_extent(self.fd, offset, length, &hole)
-        flags[0] = STATUS_HOLE | STATUS_ZERO if hole else 0
+        if <int64_t>load_relaxed(&self.data_begin) <= offset < end:
+            return end - offset if end - offset < length else length
+        got = fcbw_first_extent(self.fd, offset, length, &hole, &end)
+        if hole:
+            flags[0] = STATUS_HOLE | STATUS_ZERO
+        elif end:
+            store_relaxed(&self.data_end, 0)
+            store_relaxed(&self.data_begin, <uint64_t>offset)
+            store_relaxed(&self.data_end, <uint64_t>end)
         return got

@@ -224,11 +224,13 @@ static inline int fcbw_in_memory(int fd)
 }
 
 /* The first extent of a range of a regular file: its length (1..LENGTH), *hole 1 or 0. What the file system does not
- * tell, or tells while it changes, is data. Past a shrunk file's end it is data too, so that a reader meets the error. */
-static inline int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, int *hole)
+ * tell, or tells while it changes, is data. Past a shrunk file's end it is data too, so that a reader meets the error.
+ * *data_end: where the data ends that begins at OFFSET, beyond the range as a rule; 0 where it is not known. */
+static inline int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, int *hole, int64_t *data_end)
 {
     off_t data, end;
     *hole = 0;
+    *data_end = 0;
     data = lseek(fd, offset, SEEK_DATA);
     if (data < 0) {
         if (errno != ENXIO)
@@ -244,9 +246,10 @@ static inline int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, 
         return data - offset < length ? data - offset : length;
     }
     end = lseek(fd, offset, SEEK_HOLE);
-    if (end <= offset || end - offset > length)
+    if (end <= offset)
         return length;
-    return end - offset;
+    *data_end = end;
+    return end - offset < length ? end - offset : length;
 }
 
 #endif

@@ -140,6 +140,19 @@ def test_a_shrunk_image_is_not_reported_as_zeroes(image):
         assert vectors.block_status(device, 500000, 1) == (1, 0)
 
 
+@pytest.mark.parametrize("end", ["discard", "write_zeroes"])
+def test_a_hole_made_after_the_status_was_asked_is_seen(shm_path, end):
+    """What is data is remembered, so that the file system is asked once for each extent; a new hole ends that."""
+    with FileDevice(shm_path / "file", create_length="1M") as device:
+        device.write(0, b"x" * (1 << 20))
+        assert [vectors.block_status(device, offset, 65536) for offset in (0, 65536)] == [(65536, 0)] * 2
+        assert vectors.block_status(device, (1 << 20) - 5, 5) == (5, 0)
+        getattr(device, end)(131072, 65536)
+        assert vectors.block_status(device, 0, 1 << 20) == (131072, 0)
+        assert vectors.block_status(device, 131072, 1 << 19) == (65536, 3)
+        assert vectors.block_status(device, 196608, 4096) == (4096, 0)
+
+
 def test_holes_are_seen(shm_path):
     with FileDevice(shm_path / "sparse", create_length="1M") as device:
         assert device.extents().tolist() == [(0, 1 << 20, 3)]
