@@ -5,7 +5,7 @@ Python, then Connection.run(), which does not come back to the interpreter befor
 
 Memory: at most connections_max x 1 MiB of fixed buffers (1 MiB + 4 KiB of addresses each, touched only as far as used: a
 client that writes 4 KiB at depth 16 touches about 70 KiB) plus the pool's limit and the 2 MiB it keeps for reuse; a thread's
-stack besides. With the defaults 64 MiB + 66 MiB when all 64 clients use their buffers to the full, about 100 KiB
+stack besides, and in the kernel up to 1 MiB of replies of a client that does not receive them. With the defaults 64 MiB + 66 MiB when all 64 clients use their buffers to the full, about 100 KiB
 per client otherwise.
 
 Lock order: Server._lock is the only lock here and is not held while a hook, a device or a socket is waited for.
@@ -38,6 +38,9 @@ from fastcbw.wire import constants as c
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 64
+#: What the kernel may hold of a client's replies on a unix socket (it doubles the figure for its own overhead). With less, the
+#: thread that serves a large read stops in the middle of each 256 KiB until the client has received the half of it.
+SEND_BUFFER_BYTES = 512 << 10
 SPIN_ADAPTIVE_US = 50
 SPIN_US_MAX = 1000
 #: close() and remove_export(force=True): how long clients may take to receive their last replies, and how long the device
@@ -389,6 +392,8 @@ class Server:
             self._closed.wait(EXHAUSTED_SECONDS)
             return
         sock.setblocking(True)
+        if sock.family == socket.AF_UNIX:       # TCP finds its own
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         peer = _peer(sock, address)
         with self._lock:
             full = len(self._clients) >= self.connections_max
