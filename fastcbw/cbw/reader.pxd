@@ -21,7 +21,7 @@ cdef class SnapshotDevice(BlockDevice):
 
     cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil
     cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil
-    cdef bint take_counted(self, Epoch *epoch, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
+    cdef int take_counted(self, const Epoch *epoch, char *buffer, int64_t offset, int64_t end, int count, uint64_t *words) noexcept nogil
     cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
     cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil
     cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil

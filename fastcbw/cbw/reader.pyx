@@ -107,7 +107,7 @@ cdef class SnapshotDevice(BlockDevice):
         cluster change a handful of times in the life of a snapshot, so this ends.
         """
         cdef uint64_t words[BATCH_CLUSTERS]
-        cdef uint64_t word
+        cdef uint64_t now[BATCH_CLUSTERS]
         cdef Ticket ticket
         cdef int64_t first = offset >> self.cluster_bits
         cdef int count = <int>(((end - 1) >> self.cluster_bits) - first + 1)
@@ -119,10 +119,7 @@ cdef class SnapshotDevice(BlockDevice):
         # First look: everything in one go; what is in RAM or zero is done at once.
         ticket = enter(self.state)
         look_up_run(ticket.epoch, self.snap, first, count, words)
-        left = 0
-        for i in range(count):
-            if word_tag(words[i]) == WORD_NONE or not self.take_counted(ticket.epoch, buffer, offset, end, first + i, words + i):
-                left += 1
+        left = self.take_counted(ticket.epoch, buffer, offset, end, count, words)
         leave(ticket)
         while left:
             # Runs that no store holds: read the disk, then look again.
@@ -147,48 +144,56 @@ cdef class SnapshotDevice(BlockDevice):
                     code = self.take_from_log(buffer, offset, end, first + i, words + i)
                     if code:
                         return code
-            left = 0
             ticket = enter(self.state)
+            look_up_run(ticket.epoch, self.snap, first, count, now)
             for i in range(count):
-                if words[i] == DONE:
-                    continue
-                word = lookup(ticket.epoch, self.snap, first + i)
-                if words[i] == WORD_NONE and word == WORD_NONE:
+                if words[i] == WORD_NONE and now[i] == WORD_NONE:
                     words[i] = DONE
-                    continue
-                words[i] = word
-                if word_tag(word) == WORD_NONE or not self.take_counted(ticket.epoch, buffer, offset, end, first + i, words + i):
-                    left += 1
+                elif words[i] != DONE:
+                    words[i] = now[i]
+            left = self.take_counted(ticket.epoch, buffer, offset, end, count, words)
             leave(ticket)
         return 0
 
-    cdef bint take_counted(self, Epoch *epoch, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil:
-        """Take one cluster that is in RAM or zero, while counted; *word is DONE then. False: it is on disk, or moved away."""
-        cdef int64_t begin = cluster << self.cluster_bits
-        cdef int64_t stop = begin + ((<int64_t>1) << self.cluster_bits)
-        cdef int64_t skip = 0
-        cdef const char *data
+    cdef int take_counted(self, const Epoch *epoch, char *buffer, int64_t offset, int64_t end, int count, uint64_t *words) noexcept nogil:
+        """Take what is in RAM or zero of the COUNT clusters of a batch, while counted; their words are DONE then.
+
+        How many are not: on disk, nowhere, or moved away while they were copied. Everything is copied, slots that are
+        neighbours at once, then everything is looked up again: one walk along the chain for all.
+        """
+        cdef uint64_t now[BATCH_CLUSTERS]
+        cdef int64_t first = offset >> self.cluster_bits
+        cdef int64_t begin, stop, skip
         cdef Store *store
-        if word_tag(word[0]) == WORD_DISK:
-            return False
-        if begin < offset:
-            skip = offset - begin
-            begin = offset
-        if stop > end:
-            stop = end
-        if word[0] == WORD_ZERO:
-            memset(buffer + (begin - offset), 0, <size_t>(stop - begin))
-            word[0] = DONE
-            return True
-        store = self.state.stores[word_store(word[0])]
-        data = slot_data(store, word_slot(word[0]))
-        memcpy(buffer + (begin - offset), data + skip, <size_t>(stop - begin))
+        cdef int i = 0, run, copied = 0, left = 0
+        while i < count:
+            run = 1
+            if words[i] == WORD_ZERO or word_tag(words[i]) == WORD_RAM:
+                while i + run < count and follows(words[i], words[i + run], run):
+                    run += 1
+                begin = (first + i) << self.cluster_bits
+                stop = begin + (<int64_t>run << self.cluster_bits)
+                skip = offset - begin if begin < offset else 0
+                begin += skip
+                stop = stop if stop < end else end
+                if words[i] == WORD_ZERO:
+                    memset(buffer + (begin - offset), 0, <size_t>(stop - begin))
+                else:
+                    store = self.state.stores[word_store(words[i])]
+                    memcpy(buffer + (begin - offset), slot_data(store, word_slot(words[i])) + skip, <size_t>(stop - begin))
+                    copied += run
+            i += run
         fence_acquire()
-        if lookup(epoch, self.snap, cluster) != word[0]:
-            word[0] = WORD_NONE     # moved to the disk tier or handed on: the next pass finds it
-            return False
-        word[0] = DONE
-        return True
+        if copied:
+            look_up_run(epoch, self.snap, first, count, now)
+        for i in range(count):
+            if words[i] == WORD_ZERO:
+                words[i] = DONE
+            elif word_tag(words[i]) == WORD_RAM:
+                words[i] = DONE if now[i] == words[i] else now[i]
+            if words[i] != DONE:
+                left += 1
+        return left
 
     cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil:
         """Take one cluster from the log; *word is DONE then, or RETRY. The store is pinned for the I/O."""
@@ -365,6 +370,14 @@ cdef class SnapshotDevice(BlockDevice):
 cdef inline uint64_t kind_of(uint64_t word) noexcept nogil:
     """What block status tells apart: nowhere, zero, in a store."""
     return word if word == WORD_NONE or word == WORD_ZERO else WORD_RAM
+
+
+cdef inline bint follows(uint64_t word, uint64_t later, int distance) noexcept nogil:
+    """Whether LATER is zero like WORD, or in the slot that is DISTANCE after WORD's."""
+    if word == WORD_ZERO:
+        return later == WORD_ZERO
+    return (word_tag(later) == WORD_RAM and word_store(later) == word_store(word)
+            and word_slot(later) == word_slot(word) + distance)
 
 
 cdef void look_up_run(const Epoch *epoch, Snap *snap, int64_t first, int64_t count, uint64_t *words) noexcept nogil:
