@@ -9,16 +9,17 @@ import os
 import pathlib
 import tempfile
 
+import numpy as np
 import pytest
 from engine_disks import KINDS, make_disk, wait_until
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from model.plain import PlainDisk
+from model.plain import PlainBitmap, PlainDisk
 
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.engine import Engine
-from fastcbw.errors import SnapshotBroken
+from fastcbw.errors import NotInSnapshot, SnapshotBroken
 from fastcbw.jobs.backup import BackupJob
 
 EXAMPLES = os.environ.get("FASTCBW_EXAMPLES")
@@ -80,8 +81,8 @@ class EngineMachine(RuleBasedStateMachine):
     # -- snapshots
 
     @precondition(lambda self: len(self.views) < 5)
-    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS)
-    def snapshot(self, size, ram, log):
+    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS, data=st.data())
+    def snapshot(self, size, ram, log, data):
         if not self.model.live:     # the keeper may still be ending what is broken; afterwards the size is free again
             wait_until(lambda: self.engine.cluster_size is None)
         size = self.model.cluster_size or size
@@ -92,11 +93,54 @@ class EngineMachine(RuleBasedStateMachine):
         options = {"cluster_size": size, "ram": ram * size}
         if log:
             options |= {"spill": self.folder.name, "spill_limit": 4096 + log * size}
-        self.views[name] = self.engine.snapshot(name, **options)
+        bitmaps = {}
+        if self.model.bitmaps and data.draw(st.booleans()):
+            bitmaps["bitmap"] = data.draw(st.sampled_from(sorted(self.model.bitmaps)))
+        if len(self.model.bitmaps) < 4 and data.draw(st.booleans()):
+            bitmaps |= {"new_bitmap": f"n{self.number}", "new_bitmap_granularity": data.draw(st.sampled_from([None, 512, 65536]))}
+        self.views[name] = self.engine.snapshot(name, **options, **bitmaps)
         facts = self.engine.report(name)
         capacity = (facts["ram_limit"] + facts["disk_limit"]) // size
         assert ram <= capacity <= ram + log
-        self.model.snapshot(name, cluster_size=size, capacity=capacity)
+        self.model.snapshot(name, cluster_size=size, capacity=capacity, **bitmaps)
+
+    # -- dirty bitmaps
+
+    @precondition(lambda self: len(self.model.bitmaps) < 4)
+    @rule(granularity=st.sampled_from([512, 4096, 32768, 1 << 20]), enabled=st.booleans())
+    def add_bitmap(self, granularity, enabled):
+        self.number += 1
+        self.engine.bitmaps.add(f"b{self.number}", granularity=granularity, enabled=enabled)
+        self.model.bitmaps[f"b{self.number}"] = PlainBitmap(granularity, enabled)
+
+    @precondition(lambda self: self.model.bitmaps)
+    @rule(data=st.data(), change=st.sampled_from(["remove", "clear", "enable", "disable", "merge", "hand over"]), success=st.booleans())
+    def change_bitmap(self, data, change, success):
+        name = data.draw(st.sampled_from(sorted(self.model.bitmaps)))
+        bitmap, plain = self.engine.bitmaps.named[name], self.model.bitmaps[name]
+        match change:
+            case "remove":
+                bitmap.remove()
+                del self.model.bitmaps[name]
+            case "clear":
+                bitmap.clear()
+                plain.marked.clear()
+            case "enable" | "disable":
+                getattr(bitmap, change)()
+                plain.enabled = change == "enable"
+            case "merge":
+                source = data.draw(st.sampled_from(sorted(self.model.bitmaps)))
+                bitmap.merge(source)
+                self.model.merge(name, source)
+            case "hand over" if self.model.live and len(self.views) < 5:
+                self.engine.snapshot("job", bitmap=name, bitmap_for="a job", ram="4M")
+                self.model.snapshot("job", cluster_size=self.model.cluster_size, capacity=1024, bitmap=name)
+                if success:
+                    plain.marked.clear()
+                self.write(data, 7)
+                self.engine.bitmaps.give_back(name, success)
+                self.engine.delete("job")
+                self.model.delete("job")
 
     @precondition(lambda self: self.views)
     @rule(data=st.data())
@@ -125,6 +169,10 @@ class EngineMachine(RuleBasedStateMachine):
             with pytest.raises(SnapshotBroken, match=f"@{name}"):
                 self.views[name].read(offset, length)
         else:
+            if not self.in_copy(plain, offset, length):
+                with pytest.raises(NotInSnapshot, match=f"@{name}"):
+                    self.views[name].read(offset, length)
+                return
             buffer = bytearray(length)
             assert self.views[name].readinto(offset, buffer) == length
             assert buffer == plain.read(offset, length)
@@ -135,13 +183,33 @@ class EngineMachine(RuleBasedStateMachine):
     def backup(self, data, order, workers, chunk, verify):
         snapshot = data.draw(st.sampled_from(self.model.live))
         target = MemoryDevice(self.length)
+        target.write(0, b"\xee" * self.length)
         job = BackupJob(self.views[snapshot.name], target, order=order, workers=workers, in_flight=chunk * workers, verify=verify)
         job.start().wait(60)
-        assert target.read(0, self.length) == snapshot.data
+        assert target.read(0, self.length) == self.masked(snapshot, b"\xee")
         total = self.length * (2 if verify else 1)
         assert (job.progress["done"], job.progress["total"]) == (total, total)
 
+    def in_copy(self, plain, offset, length):
+        size = self.model.cluster_size
+        return all(plain.has(cluster) for cluster in range(offset // size, (offset + length - 1) // size + 1))
+
+    def masked(self, plain, filler):
+        """The snapshot's data, FILLER where it has none."""
+        size = self.model.cluster_size
+        pieces = (plain.data[i : i + size] if plain.has(i // size) else filler * len(plain.data[i : i + size])
+                  for i in range(0, self.length, size))
+        return b"".join(pieces)
+
     # -- what must hold
+
+    @invariant()
+    def every_bitmap_marks_what_was_written_since_it_began(self):
+        assert sorted(self.engine.bitmaps.named) == sorted(self.model.bitmaps)
+        for name, plain in self.model.bitmaps.items():
+            bitmap = self.engine.bitmaps.named[name]
+            assert set(np.flatnonzero(bitmap.view().to_bools()).tolist()) == plain.marked
+            assert (bitmap.granularity, bitmap.enabled) == (plain.granularity, plain.enabled)
 
     @invariant()
     def guest_reads_what_it_wrote(self):
@@ -156,8 +224,12 @@ class EngineMachine(RuleBasedStateMachine):
                 assert facts["reason"] and facts["reason"] in str(self.views[name].broken)
                 with pytest.raises(SnapshotBroken):
                     self.views[name].read(0, self.length)
-            else:
+            elif plain.copy is None:
                 assert self.views[name].read(0, self.length) == plain.data
+            else:
+                for offset, length, flags in self.views[name].extents():
+                    if flags != 4:
+                        assert self.views[name].read(offset, length) == plain.data[offset : offset + length]
 
     @invariant()
     def the_accounts_agree(self):
@@ -175,6 +247,8 @@ class EngineMachine(RuleBasedStateMachine):
             rows = self.views[plain.name].extents(0, self.length)
             assert rows["offset"][0] == 0 and rows["length"].sum() == self.length
             for offset, length, flags in rows:
+                size = self.model.cluster_size
+                assert all(plain.has(c) == (flags != 4) for c in range(offset // size, (offset + length - 1) // size + 1))
                 if flags & 2:
                     assert not any(plain.data[offset : offset + length])
 

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class PlainSnapshot:
-    """A copy of the disk. `kept`: cluster -> whether its old data takes room in the store (zeroes do not)."""
+    """A copy of the disk. `kept`: cluster -> whether its old data takes room in the store (zeroes do not).
+
+    copy: the clusters that are in it; None: all.
+    """
 
     name: str
     data: bytes
     capacity: int
+    copy: frozenset[int] | None = None
     broken: bool = False
     kept: dict[int, bool] = field(default_factory=dict)
     preserved: int = 0
@@ -27,8 +31,32 @@ class PlainSnapshot:
         """Clusters that take room in the snapshot's own store, while it lives."""
         return sum(self.kept.values())
 
+    def has(self, cluster: int) -> bool:
+        return self.copy is None or cluster in self.copy
+
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
+
+
+@dataclass
+class PlainBitmap:
+    """The set of granules written since it began."""
+
+    granularity: int
+    enabled: bool = True
+    marked: set[int] = field(default_factory=set)
+
+    def mark(self, offset: int, length: int) -> None:
+        if length:
+            self.marked.update(range(offset // self.granularity, (offset + length - 1) // self.granularity + 1))
+
+    def in_units(self, size: int, length: int) -> set[int]:
+        """What of a disk of LENGTH bytes it marks, in units of SIZE, rounded outwards."""
+        units = set()
+        for bit in self.marked:
+            begin, end = bit * self.granularity, min((bit + 1) * self.granularity, length)
+            units.update(range(begin // size, (end - 1) // size + 1))
+        return units
 
 
 class PlainDisk:
@@ -38,6 +66,7 @@ class PlainDisk:
         self.length = length
         self.data = bytearray(length)
         self.snapshots: dict[str, PlainSnapshot] = {}
+        self.bitmaps: dict[str, PlainBitmap] = {}
         self.cluster_size: int | None = None
 
     # -- the guest
@@ -58,11 +87,22 @@ class PlainDisk:
 
     # -- snapshots
 
-    def snapshot(self, name: str, *, cluster_size: int, capacity: int) -> PlainSnapshot:
+    def snapshot(self, name: str, *, cluster_size: int, capacity: int, bitmap: str | None = None, new_bitmap: str | None = None,
+                 new_bitmap_granularity: int | None = None) -> PlainSnapshot:
         """capacity: clusters that both tiers together can hold."""
         self.cluster_size = cluster_size
-        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity)
+        copy = None if bitmap is None else frozenset(self.bitmaps[bitmap].in_units(cluster_size, self.length))
+        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy)
+        if new_bitmap is not None:
+            inherited = 65536 if bitmap is None else self.bitmaps[bitmap].granularity
+            self.bitmaps[new_bitmap] = PlainBitmap(new_bitmap_granularity or inherited)
         return self.snapshots[name]
+
+    # -- bitmaps
+
+    def merge(self, target: str, source: str) -> None:
+        bitmap = self.bitmaps[target]
+        bitmap.marked |= self.bitmaps[source].in_units(bitmap.granularity, self.length)
 
     def delete(self, name: str) -> None:
         self._hand_over(name)
@@ -88,29 +128,49 @@ class PlainDisk:
             self.cluster_size = None
 
     def _preserve(self, offset: int, length: int) -> None:
-        """Old data goes into the newest live snapshot; what does not fit breaks it, and the one before is asked."""
-        size = self.cluster_size
-        while length and self.live:
-            newest = self.live[-1]
-            missing = [c for c in range(offset // size, -(-(offset + length) // size)) if c not in newest.kept]
-            old = {c: any(self.data[c * size : (c + 1) * size]) for c in missing}
+        """Old data goes into the newest live snapshot that needs it; what does not fit breaks it, and the next is asked.
+
+        Clusters go in groups, one for each snapshot that needs some, in the order of the first cluster of each.
+        """
+        size = self.cluster_size or 1
+        for bitmap in self.bitmaps.values():
+            if bitmap.enabled:
+                bitmap.mark(offset, length)
+        asked = range(offset // size, -(-(offset + length) // size)) if length and self.live else ()
+        while missing := [(self._needing(c), c) for c in asked if self._needing(c) is not None]:
+            newest = missing[0][0]
+            old = {c: any(self.data[c * size : (c + 1) * size]) for needing, c in missing if needing is newest}
             if newest.held + sum(old.values()) > newest.capacity:
                 # Some of it may have been preserved before there was no room; an older snapshot then has it already.
                 self.break_snapshot(newest.name)
+                if not self.live:
+                    return
                 continue
             newest.kept.update(old)
             newest.preserved += len(old)
             newest.preserved_zero += len(old) - sum(old.values())
-            return
+
+    def _needing(self, cluster: int) -> PlainSnapshot | None:
+        """The newest live snapshot that needs the cluster, unless it or a newer one has it."""
+        for snapshot in reversed(self.live):
+            if cluster in snapshot.kept:
+                return None
+            if snapshot.has(cluster):
+                return snapshot
+        return None
 
     def _hand_over(self, name: str) -> None:
-        """What a snapshot keeps goes to the next older live one that has nothing for the cluster."""
+        """What a snapshot keeps goes to the next older live one that needs it and has nothing for the cluster."""
         order = list(self.snapshots.values())
         snapshot = self.snapshots[name]
         if snapshot.broken:
             return
         older = [s for s in order[: order.index(snapshot)] if not s.broken]
-        if older:
-            for cluster in snapshot.kept:
+        for cluster in snapshot.kept:
+            for heir in reversed(older):
                 # The data itself stays in the giver's store: it takes no room of the heir's.
-                older[-1].kept.setdefault(cluster, False)
+                if cluster not in heir.kept and heir.has(cluster):
+                    heir.kept[cluster] = False
+                elif cluster not in heir.kept:
+                    continue
+                break

@@ -1,0 +1,13 @@
+import numpy as np
+
+from fastcbw.block.device import BlockDevice
+
+class SectorLoad:
+    stretch: int
+    issued_now: np.ndarray
+    acknowledged_now: np.ndarray
+    total: tuple[int, int]
+    def __init__(self, device: BlockDevice, stretch: int) -> None: ...
+    def run(self, number: int, writers: int) -> None: ...
+    def point_at(self, stretch: int | None) -> None: ...
+    def stop(self) -> None: ...
