@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import threading
 import weakref
@@ -19,9 +20,12 @@ from fastcbw.cbw.dirty import DirtyBitmap
 from fastcbw.cbw.engine import Engine, take_snapshots
 from fastcbw.cbw.options import SnapshotOptions, check_name
 from fastcbw.errors import Error
+from fastcbw.export.nbd.contexts import MetaContext
+from fastcbw.export.nbd.dirty import contexts_of_disk, contexts_of_snapshot
 from fastcbw.export.nbd.server import Server
 from fastcbw.jobs.backup import BackupJob
 
+_numbers = itertools.count(1)
 _open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 _hooks_lock = threading.Lock()
 _hooks_installed = False
@@ -130,6 +134,27 @@ class Disk:
         """The dirty bitmaps by name, oldest first: a read-only live mapping."""
         return self._engine.bitmaps.named
 
+    def contexts(self) -> dict[str, MetaContext]:
+        """Return the meta contexts that exports of the disk offer beside base:allocation, as they are now."""
+        return contexts_of_disk(self.bitmaps)
+
+    def backup(self, target: str | os.PathLike | BlockDevice, *, bitmap: str | None = None, **options: Any) -> BackupJob:
+        """Start copying the disk as it is now to TARGET; return the job. Its snapshot is made here and deleted when the job has ended.
+
+        bitmap: copy only what this dirty bitmap marks, into a full backup that exists (an increment; a file needs force=True). If
+            the job succeeds the bitmap is what has changed since now, else it is what it would be had there been no job.
+        Keywords as Snapshot.backup. Raises what Disk.snapshot and Snapshot.backup raise; then nothing was made or changed.
+        """
+        number = next(_numbers)
+        snapshot = self.snapshot(f"backup-{number}", bitmap=bitmap, bitmap_for=None if bitmap is None else f"backup {number}")
+        try:
+            job = snapshot.backup(target, **options)
+        except BaseException:
+            snapshot.close()
+            raise
+        job.on_end(lambda job: snapshot.close())
+        return job
+
     def serve(self, path: str | os.PathLike) -> Server:
         """Serve the disk and its snapshots over NBD on the unix socket PATH, in the background, until close()."""
         with self._lock:
@@ -138,7 +163,7 @@ class Disk:
             server = Server()
             try:
                 server.listen_unix(path)
-                server.add_export(self.name, self.device, description=f"disk {self.name}")
+                server.add_export(self.name, self.device, description=f"disk {self.name}", contexts=self.contexts)
                 for snapshot in self.snapshots.values():
                     snapshot._export(server)
             except BaseException:
@@ -201,6 +226,7 @@ class Snapshot:
         self.device = device
         self.length = device.length
         self._holds = 0
+        self._handed: str | None = None     # a bitmap that is this snapshot's until it is given back
         self._closed = False
         self._exported_by: Server | None = None
         self._lock = threading.Lock()
@@ -209,6 +235,7 @@ class Snapshot:
     def backup(self, target: str | os.PathLike | BlockDevice, **options: Any) -> BackupJob:
         """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
 
+        Of a snapshot of what a bitmap marks only that is copied, into a full backup that exists: a file needs force=True.
         Keywords: order="sequential" or "ram-first", workers=None, in_flight=None, verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
@@ -216,12 +243,28 @@ class Snapshot:
             raise ValueError(f"target {target.name}: is the source itself (name another device)")
         self.hold()
         try:
-            job = BackupJob(self.device, target, sources=self.disk.sources, on_release=self.release, **options)
+            job = BackupJob(self.device, target, sources=self.disk.sources, on_release=lambda: self._end_job(job), **options)
         except BaseException:
             self.release()
             raise
         self.disk._jobs.add(job)
         return job.start()
+
+    def contexts(self) -> dict[str, MetaContext]:
+        """Return the meta contexts that exports of the snapshot offer beside base:allocation."""
+        return contexts_of_snapshot(self.device)
+
+    def _end_job(self, job: BackupJob) -> None:
+        if job.result:
+            self._give_back(success=True)
+        self.release()
+
+    def _give_back(self, *, success: bool) -> None:
+        """A bitmap that was handed to this snapshot is what changed since once its content is in a backup, else all of it again."""
+        with self._lock:
+            handed, self._handed = self._handed, None
+        if handed is not None:
+            self.disk._engine.bitmaps.give_back(handed, success)
 
     def hold(self) -> None:
         """Keep the snapshot from being closed; for exports and jobs. Error when it is closed already."""
@@ -266,13 +309,14 @@ class Snapshot:
             raise self._in_use()
         self.disk.snapshots.pop(self.name, None)
         if not self.disk._closed:
+            self._give_back(success=False)
             self.disk._engine.delete(self.name)
 
     def _in_use(self) -> Error:
         return Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients (end them first)")
 
     def _export(self, server: Server) -> None:
-        server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, background=True,
+        server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, background=True, contexts=self.contexts,
                           description=f"snapshot {self.name} of {self.disk.name}", on_connect=self.hold, on_disconnect=self.release)
         self._exported_by = server
 
@@ -333,6 +377,7 @@ def _take(disks: Sequence[Disk], name: str, options: dict[str, Any]) -> list[Sna
     taken = []
     for disk, device in zip(disks, devices):
         snapshot = Snapshot(disk, name, device)
+        snapshot._handed = parsed.bitmap if parsed.bitmap_for is not None else None
         disk.snapshots[name] = snapshot
         taken.append(snapshot)
     for snapshot in taken:

@@ -8,6 +8,7 @@ from fastcbw.sync cimport pthread_mutex_t
 
 cdef class DirtyBitmap:
     cdef readonly str name
+    cdef readonly int64_t granularity   # bytes of the disk that one bit stands for
     cdef readonly bint enabled      # guest writes mark it (control)
     cdef readonly str user          # whose snapshot has its content, for messages; or None (control)
     cdef DirtyBitmaps owner         # None: removed

@@ -18,7 +18,7 @@ from libc.stdint cimport int64_t
 
 from types import MappingProxyType
 
-from fastcbw.bitmaps.dirty cimport (DirtyWords, dirty_convert, dirty_extent, dirty_new,
+from fastcbw.bitmaps.dirty cimport (DirtyWords, dirty_convert, dirty_extent, dirty_mark, dirty_new,
                                     dirty_ref, dirty_unref, dirty_words, hold_words)
 from fastcbw.cbw.lifecycle cimport Creation
 from fastcbw.cbw.state cimport DIRTY_MAX, EngineState, Epoch, drain, flip, map_bits, next_epoch
@@ -78,11 +78,6 @@ cdef class DirtyBitmap:
 
     # -- what it marks
 
-    @property
-    def granularity(self):
-        """Bytes of the disk that one bit stands for."""
-        return 1 << self.snapshot_words().words.shift
-
     def snapshot_words(self):
         """Return DirtyWords: the live ones, or while a job has a part of it, both parts in words of their own."""
         cdef DirtyWords both
@@ -131,7 +126,7 @@ cdef class DirtyBitmap:
         return self.owner
 
     def clear(self):
-        """Forget what is marked: from here on it is what changes."""
+        """Forget what is marked: from here on it is what changes. Return DirtyWords of what it marked."""
         cdef DirtyBitmaps owner = self.owner_or_error()
         cdef dirty_words *old
         cdef dirty_words *fresh
@@ -142,7 +137,26 @@ cdef class DirtyBitmap:
             self.put(fresh, NULL)
             if self.enabled:
                 owner.switch()
+            forgotten = hold_words(old)
             dirty_unref(old)
+            return forgotten
+
+    def mark_again(self, DirtyWords words not None):
+        """Mark what WORDS mark, which clear() returned."""
+        cdef DirtyBitmaps owner = self.owner_or_error()
+        with owner.control:
+            self.begin()
+            with nogil:
+                dirty_convert(&self.live.bits, self.live.shift, &words.words.bits, words.words.shift)
+
+    def mark_all(self):
+        """Mark the whole disk, when nobody knows what was written."""
+        cdef DirtyBitmaps owner = self.owner_or_error()
+        with owner.control:
+            self.begin()
+            with nogil:
+                if self.live.length:
+                    dirty_mark(self.live, 0, self.live.length)
 
     def enable(self):
         """Mark guest writes from here on. No error when it is enabled already."""
@@ -248,6 +262,7 @@ cdef class DirtyBitmaps:
         bitmap = DirtyBitmap()
         bitmap.name = name
         bitmap.enabled = enabled
+        bitmap.granularity = (<int64_t>1) << shift
         bitmap.live = new_words(self.state, shift, name)
         bitmap.owner = self
         self.by_name[name] = bitmap

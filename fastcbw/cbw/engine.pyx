@@ -296,6 +296,7 @@ cdef class Engine:
                 "state": "live" if snapshot.broken_reason() is None else "broken",
                 "reason": snapshot.broken_reason(),
                 "cluster_size": size,
+                "bitmap": snapshot.bitmap_name,
                 "preserved_clusters": load_relaxed(&snapshot.snap.preserved),
                 "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
                 "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),

@@ -78,6 +78,8 @@ def _forget(job) -> None:
 def _start_here(arguments: argparse.Namespace, options: dict, stack: ExitStack):
     from fastcbw.disk import open as open_disk
 
+    if "bitmap" in options:
+        raise UsageError("--bitmap: is of a disk that a daemon serves (give --qmp PATH and the disk's name)")
     disk = stack.enter_context(open_disk(arguments.source, read_only=True))
     snapshot = disk.snapshot("backup")
     stack.callback(snapshot.close)

@@ -87,11 +87,12 @@ def _check_snapshot(given: dict) -> None:
     """Let the engine's own rules refuse what no daemon can accept; what depends on its machine is left to it."""
     from fastcbw.cbw.options import SnapshotOptions
 
-    alone = {keyword: given[keyword] for keyword in ("cluster_size", "cbw_timeout") if keyword in given}
+    alone = {keyword: given[keyword] for keyword in ("cluster_size", "cbw_timeout", "bitmap", "new_bitmap", "new_bitmap_granularity") if keyword in given}
     try:
         SnapshotOptions.parse(**alone)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from None
+        option, colon, text = str(error).partition(":")
+        raise UsageError(f"--{option.replace('_', '-')}{colon}{text}") from None
     if "spill" in given:
         given["spill"] = os.path.abspath(given["spill"])  # a daemon's folder is another
 

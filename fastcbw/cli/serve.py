@@ -70,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--format: {arguments.format!r} is not built yet (what exists: raw)")
     if options and arguments.snapshot is None:
         raise UsageError(f"--{next(iter(options)).replace('_', '-')}: an option of --snapshot, which is not given")
+    if options.get("bitmap"):
+        raise UsageError("--bitmap: no bitmap exists before the daemon runs (use it with snapshot create)")
     try:
         parse_spin(arguments.spin)
     except ValueError as error:

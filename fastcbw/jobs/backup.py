@@ -11,6 +11,7 @@ from fastcbw.block.device import BlockDevice
 from fastcbw.block.nbd import NbdDevice
 from fastcbw.cbw.copier import ORDERS, Copier
 from fastcbw.errors import JobCancelled, JobFailed
+from fastcbw.jobs.increment import IncrementTarget
 from fastcbw.jobs.job import Job
 from fastcbw.jobs.target import Target
 from fastcbw.units import parse_size
@@ -23,7 +24,7 @@ CHUNK_DEFAULT = 256 << 10   # as fast as larger ones on tmpfs, and a guest waits
 CHUNK_MAX = 1 << 20
 
 # Named in INTERFACE, not built yet.
-_LATER = ("rate", "guest_p99", "bitmap", "consume", "resume", "format", "backing")
+_LATER = ("rate", "guest_p99", "consume", "resume", "format", "backing")
 _ORDERS_LATER = ("disk-last", "disk-early", "zero-last", "hot-first")
 
 
@@ -31,7 +32,7 @@ class BackupJob(Job):
     """Copy SOURCE to TARGET, optionally verify it.
 
     source: a device whose content does not change (a snapshot).
-    target: a path or a BlockDevice, see Target. sources: what the target may not be.
+    target: a path or a BlockDevice, see Target; of a snapshot of what a bitmap marks, see IncrementTarget. sources: what the target may not be.
     order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer; default: 4 to an NBD target, else half
         the processors, at most 4. in_flight: bytes of all buffers together (while verifying: twice that); default: 256 KiB
         for each worker. verify: read the target again and compare it with the source.
@@ -72,7 +73,9 @@ class BackupJob(Job):
         self.order = order
         self.phase = "copy"
         self._on_release = on_release
-        self._target = Target(target, source.length, sources=sources, force=force)
+        # Of a snapshot that was made from a bitmap only what the bitmap marks exists: an increment.
+        kind = Target if getattr(source, "bitmap", None) is None else IncrementTarget
+        self._target = kind(target, source.length, sources=sources, force=force)
         self.workers = workers or _workers_for(self._target.device)
         if limit is None:
             self.chunk = CHUNK_DEFAULT

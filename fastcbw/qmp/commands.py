@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastcbw.errors import Error
+from fastcbw.qmp.bitmaps import BITMAP_COMMANDS
 from fastcbw.qmp.daemon import Daemon
 from fastcbw.qmp.errors import QmpError
 from fastcbw.qmp.node_commands import COMMANDS as NODE_COMMANDS
@@ -126,4 +127,5 @@ COMMANDS = Schema([
         *_arguments(BACKUP_OPTIONS))),
     Command("fastcbw-status", "everything that is known", _status),
     *NODE_COMMANDS,
+    *BITMAP_COMMANDS,
 ])

@@ -130,6 +130,14 @@ class Daemon:
             known = ", ".join(snapshots) or "none"
             raise Error(f"snapshot {disk}@{name}: not found (snapshots of this disk: {known})") from None
 
+    def bitmap(self, disk: str, name: str):
+        """Return the dirty bitmap NAME of DISK."""
+        bitmaps = self.disk(disk).bitmaps
+        try:
+            return bitmaps[name]
+        except KeyError:
+            raise Error(f"bitmap {name!r}: not found (bitmaps of disk {disk}: {', '.join(bitmaps) or 'none'})") from None
+
     def create_snapshot(self, name: str, disks: Sequence[str], **options) -> list:
         """Take the snapshot NAME of DISKS, all at one instant, and export it. OPTIONS: as of Disk.snapshot."""
         with self._change:
@@ -167,31 +175,36 @@ class Daemon:
             raise Error(f"snapshot {name}: in use by {holds} connection(s) or job(s) (end them first)")
 
     def _export_disk(self, disk) -> None:
-        self.nbd.add_export(disk.name, disk.device, description=f"disk {disk.name}")
+        self.nbd.add_export(disk.name, disk.device, description=f"disk {disk.name}", contexts=disk.contexts)
 
     def _export_snapshot(self, snapshot) -> None:
         self.nbd.add_export(_export_name(snapshot), snapshot.device, read_only=True, background=True,
-                            description=f"snapshot {snapshot.name} of {snapshot.disk.name}",
+                            contexts=snapshot.contexts, description=f"snapshot {snapshot.name} of {snapshot.disk.name}",
                             on_connect=snapshot.hold, on_disconnect=snapshot.release)
 
     # -- jobs
 
     def start_backup(self, disk: str, target: str, *, snapshot: str | None = None, job_id: str | None = None,
-                     **options) -> JobRecord:
-        """Start a backup of DISK@SNAPSHOT to TARGET, a file or an NBD URI; without SNAPSHOT one is made, and deleted at the end."""
+                     bitmap: str | None = None, **options) -> JobRecord:
+        """Start a backup of DISK@SNAPSHOT to TARGET, a file or an NBD URI; without SNAPSHOT one is made, and deleted at the end.
+
+        bitmap: copy only what it marks; if the job succeeds, the bitmap is what has changed since its snapshot.
+        """
         with self._change:
             if any(same_image(target, self.uri(export)) for export in self.exports() if self.nbd is not None):
                 raise ValueError(f"target {target}: is served by this daemon (name another)")
             if job_id is not None:
                 check_name(job_id, "job id")
             own = snapshot is None
+            if bitmap is not None and not own:
+                raise ValueError(f"bitmap: {bitmap!r}: {disk}@{snapshot} exists already (take it with --bitmap, or name the disk alone)")
             existing = self.disk(disk) if own else self.snapshot(disk, snapshot)
             job_id = self.jobs.reserve(job_id)
             made = None
             try:
                 if own:
                     snapshot = f"backup-{job_id}"
-                    made = self.create_snapshot(snapshot, [disk])[0]
+                    made = self.create_snapshot(snapshot, [disk], bitmap=bitmap, bitmap_for=None if bitmap is None else f"job {job_id}")[0]
                 job = (made or existing).backup(target, **options)
             except BaseException:
                 self.jobs.give_back(job_id)

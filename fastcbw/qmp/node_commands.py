@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastcbw.qmp.bitmaps import BITMAP_ACTIONS
 from fastcbw.qmp.errors import QmpError
 from fastcbw.qmp.nodes import Backup
 from fastcbw.qmp.schema import Argument, Command, Schema
@@ -99,7 +100,7 @@ _ACTIONS = Schema([
         Argument("job-id", "str", "the job (default: the node's name)"),
         Argument("device", "str", "the node to copy", required=True),
         Argument("target", "str", "the node to write", required=True),
-        Argument("sync", "str", "full, top", required=True),
+        Argument("sync", "str", "full, top; incremental, bitmap: only what a bitmap marks", required=True),
         Argument("speed", "int", "bytes per second at most; 0: no limit"),
         Argument("bitmap", "str", "the dirty bitmap that says what to copy"),
         Argument("bitmap-mode", "str", "what becomes of the bitmap: on-success, never, always"),
@@ -109,6 +110,7 @@ _ACTIONS = Schema([
         Argument("auto-finalize", "bool", "true"),
         Argument("auto-dismiss", "bool", "the job is forgotten when it has ended (default true)"),
         Argument("x-perf", "object", "max-workers; use-copy-range and max-chunk are chosen here"))),
+    *BITMAP_ACTIONS,
 ])
 
 

@@ -34,6 +34,7 @@ class Backup:
     def __init__(self, id: str, source: Node, target: Node, user: User, options: dict[str, Any], auto_dismiss: bool):
         self.id, self.source, self.target, self.user = id, source, target, user
         self.options, self.auto_dismiss = options, auto_dismiss
+        self.bitmap: dict[str, Any] = {}        # options of its snapshot, when it copies what a bitmap marks
 
 
 class Nodes:
@@ -117,7 +118,7 @@ class Nodes:
         if writable and (node.read_only or not node.kind.live):
             raise Error(f"Block node is read-only: node '{node.name}'")
         user = self.graph.attach(f"export '{id}'", [(node, "root", "source", GUEST if writable else READER)])
-        hooks = {} if node.kind.live else {"on_connect": node.snapshot.hold, "on_disconnect": node.snapshot.release}
+        hooks = {"contexts": node.disk().contexts} if node.kind.live else {"contexts": node.snapshot.contexts, "on_connect": node.snapshot.hold, "on_disconnect": node.snapshot.release}
         try:
             self.daemon.nbd.add_export(name, node.guest(), read_only=not writable, description=description,
                                        background=not node.kind.live, **hooks)
@@ -157,7 +158,8 @@ class Nodes:
                        auto_dismiss: bool = True, **options: Any) -> Backup:
         """Check a blockdev-backup and reserve its id; start_backups() begins it, give_up() forgets it."""
         source, destination = self.graph.find(device), self.graph.find(target)
-        check_sync(sync, options.pop("bitmap", None), options.pop("bitmap_mode", None))
+        bitmap = options.pop("bitmap", None)
+        mode = check_sync(sync, bitmap, options.pop("bitmap_mode", None))
         if source.bottom is destination.bottom:
             raise Error("Source and target cannot be the same")
         if destination.read_only or not destination.kind.live:
@@ -175,7 +177,10 @@ class Nodes:
         except BaseException:
             self.graph.detach(user)
             raise
-        return Backup(id, source, destination, user, options, auto_dismiss)
+        backup = Backup(id, source, destination, user, options, auto_dismiss)
+        if bitmap is not None:
+            backup.bitmap = {"bitmap": bitmap, "bitmap_for": f"job '{id}'" if mode == "on-success" else None}
+        return backup
 
     def give_up(self, backup: Backup) -> None:
         self.daemon.jobs.give_back(backup.id)
@@ -188,8 +193,10 @@ class Nodes:
         for disk in disks:
             if disks.count(disk) > 1:
                 raise Error(f"disk '{disk.name}': two backups of one transaction need two snapshots (start them one after the other)")
+            if len(disks) > 1 and any(backup.bitmap for backup in live):
+                raise Error("bitmap: increments of several disks in one transaction are not built yet (one transaction for each)")
         name = f"backup-{live[0].id}" if live else ""
-        made = dict(zip(live, group(disks).snapshot(name))) if len(live) > 1 else {b: d.snapshot(name) for b, d in zip(live, disks)}
+        made = dict(zip(live, group(disks).snapshot(name))) if len(live) > 1 else {b: d.snapshot(name, **b.bitmap) for b, d in zip(live, disks)}
         jobs: list[tuple[Backup, Any]] = []
         try:
             for backup in backups:
@@ -245,8 +252,8 @@ class Nodes:
         self.graph.close()
 
 
-def check_sync(sync: str, bitmap: str | None, mode: str | None) -> None:
-    """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built."""
+def check_sync(sync: str, bitmap: str | None, mode: str | None) -> str | None:
+    """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built. Return the mode."""
     if sync not in ("full", "top", "none", "incremental", "bitmap"):
         raise Error(f"Parameter 'sync' does not accept value '{sync}'")
     if mode not in (None, "on-success", "never", "always"):
@@ -267,4 +274,9 @@ def check_sync(sync: str, bitmap: str | None, mode: str | None) -> None:
     elif mode is not None:
         raise Error("Cannot specify bitmap sync mode without a bitmap")
     if sync == "none":
-        raise Error("sync: 'none' is not built yet (what exists: full, top)")
+        raise Error("sync: 'none' is not built yet (what exists: full, top, incremental, bitmap)")
+    if bitmap is not None and sync not in ("incremental", "bitmap"):
+        raise Error(f"bitmap: with sync '{sync}' is not built yet (clear the bitmap in the same transaction instead)")
+    if mode == "always":
+        raise Error("bitmap-mode: 'always' is not built yet (what exists: on-success, never)")
+    return mode

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.errors import Error, JobCancelled, JobFailed
 from fastcbw.qmp.client import QmpClient
+from fastcbw.qmp.remote_bitmaps import RemoteBitmap
 
 #: How often a waiter looks at a job.
 POLL_SECONDS = 0.1
@@ -113,6 +114,17 @@ class RemoteDisk(_RemoteBytes):
         """The live snapshots of this disk by name, as of now."""
         return {found["name"]: RemoteSnapshot(self.daemon, self.name, found["name"])
                 for found in self.daemon.snapshots() if found["disk"] == self.name}
+
+    def add_bitmap(self, name: str, *, granularity: int | str | None = None, enabled: bool = True) -> RemoteBitmap:
+        """Add an empty dirty bitmap, which marks every write that begins from now on. See Disk.add_bitmap."""
+        self.daemon.client.execute("block-dirty-bitmap-add", node=self.name, name=name, granularity=granularity,
+                                   disabled=None if enabled else True)
+        return RemoteBitmap(self.daemon, self.name, name)
+
+    @property
+    def bitmaps(self) -> Mapping[str, RemoteBitmap]:
+        """The dirty bitmaps of this disk by name, as of now."""
+        return {found["name"]: RemoteBitmap(self.daemon, self.name, found["name"]) for found in self.status()["bitmaps"]}
 
     def backup(self, target: str | os.PathLike, **options) -> RemoteJob:
         """Start a backup of this disk as it is now: its snapshot is made for the job and deleted after it."""

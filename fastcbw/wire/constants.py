@@ -113,5 +113,5 @@ STATE_ZERO = 2
 
 # -- ours
 PAYLOAD_LENGTH_MAX = 32 << 20           # of one READ or WRITE, announced as the maximum block size
-CONTEXTS_MAX = 16                       # meta contexts that one connection may negotiate
+CONTEXTS_MAX = 32                       # meta contexts that one connection may negotiate
 BASE_ALLOCATION = "base:allocation"

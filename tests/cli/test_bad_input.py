@@ -154,7 +154,13 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--copy-on-read"), "--copy-on-read: not built yet"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--durability", "power"), "--durability: 'power' is not built"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--export", "discard"), "--export: 'discard' is not built"),
-    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--bitmap", "b"), "--bitmap: not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--bitmap", "b"), "--bitmap: no bitmap exists before"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--new-bitmap", "a/b"), "--new-bitmap: 'a/b' is no name"),
+    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--new-bitmap-granularity", "4K"), "--new-bitmap-granularity: 4096 without new_bitmap"),
+    (("backup", "./vm.img", "o", "--bitmap", "b"), "--bitmap: is of a disk that a daemon serves"),
+    (("bitmap", "add", "vm", "b", "--granularity", "100", "--qmp", "q"), "--granularity: 100 is no power of two"),
+    (("bitmap", "merge", "vm", "b", "--qmp", "q"), "SOURCE"),
+    (("bitmap", "list"), "FASTCBW_QMP"),
     (("backup", "./vm.img", "o", "--rate", "1M"), "--rate: not built yet"),
     (("backup", "./vm.img", "o", "--guest-p99", "5"), "--guest-p99: not built yet"),
     (("backup", "./vm.img", "o", "--consume"), "--consume: not built yet"),
@@ -180,7 +186,7 @@ def test_wrong_usage_is_named(refused, image, arguments, text):
     refused(2, text, *arguments)
 
 
-@pytest.mark.parametrize("verb", ["restore", "bitmap", "map", "top", "compare"])
+@pytest.mark.parametrize("verb", ["restore", "map", "top", "compare"])
 def test_a_verb_that_is_not_built(refused, verb):
     refused(2, f"{verb}: not built yet", verb, "--json", "x")
 

@@ -52,5 +52,6 @@ cdef class Answers:
 
     cdef int check(self, const Request *request, const char **why) noexcept nogil
     cdef void block_status(self, const Request *request) noexcept nogil
+    cdef void put_status(self, const Request *request, int context, const char *chunk, int64_t extents, int64_t length) noexcept nogil
     cdef void answer(self, const Request *request, int code, const char *why) noexcept nogil
     cdef void refuse(self, const Request *request, int code, const char *why, int64_t offset) noexcept nogil

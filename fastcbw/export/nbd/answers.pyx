@@ -7,13 +7,15 @@ text (refuse), and block status. One level above stand the reads (reads.pyx), ab
 from libc.errno cimport EACCES, EFBIG, EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
+from libc.string cimport memmove
 
 from fastcbw.export.nbd.contexts cimport MetaContext
+from fastcbw.export.nbd.replies cimport BATCH_LENGTH
 from fastcbw.wire.constants cimport (
     CHUNK_LENGTH, CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, PAYLOAD_LENGTH_MAX, REPLY_FLAG_DONE,
+    CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, CONTEXTS_MAX, PAYLOAD_LENGTH_MAX, REPLY_FLAG_DONE,
     REPLY_TYPE_BLOCK_STATUS)
-from fastcbw.wire.integers cimport store32
+from fastcbw.wire.integers cimport load32, store32
 
 cdef extern from "<errno.h>" nogil:        # what libc.errno does not have
     int ECANCELED, EDQUOT, EOPNOTSUPP, EOVERFLOW, ESHUTDOWN
@@ -100,45 +102,70 @@ cdef class Answers:
         return 0
 
     cdef void block_status(self, const Request *request) noexcept nogil:
-        """One chunk per negotiated context: neighbours with equal flags merged, EXTENTS_MAX at most, all within the request."""
-        cdef int64_t extents_max = 1 if request.flags & CMD_FLAG_REQ_ONE else EXTENTS_MAX
-        cdef int64_t offset, end, got, extents, length
+        """One chunk per negotiated context, all up to the same byte: neighbours with equal flags merged, EXTENTS_MAX at most.
+
+        The chunks are put into the batch with the room that each may need, each up to where the shortest before it ends; then
+        what is longer than the shortest of all is cut off, and they are moved together.
+        """
+        cdef int64_t extents_max = BATCH_LENGTH // self.contexts_count // 8 - (CHUNK_LENGTH + 4 + 7) // 8
+        cdef int64_t stride, offset, end, got, length
+        cdef int64_t extents[CONTEXTS_MAX]
         cdef uint32_t flags = 0, last = 0
-        cdef char *at
+        cdef char *first
         cdef char *row
         cdef int i
+        if extents_max > EXTENTS_MAX:
+            extents_max = EXTENTS_MAX
+        if request.flags & CMD_FLAG_REQ_ONE:
+            extents_max = 1
+        stride = CHUNK_LENGTH + 4 + 8 * extents_max
+        first = self.replies.room(stride * self.contexts_count)
+        if first == NULL:
+            return
         end = request.offset + request.length
         for i in range(self.contexts_count):
-            at = self.replies.room(CHUNK_LENGTH + 4 + 8 * extents_max)
-            if at == NULL:
-                return
-            row = at + CHUNK_LENGTH + 4
+            row = first + i * stride + CHUNK_LENGTH + 4
             offset = request.offset
-            extents = 0
+            extents[i] = 0
             length = 0
             got = 0
             while offset < end:
                 got = (<MetaContext>self.context[i]).status(offset, end - offset, &flags)
                 if got <= 0:
                     break
-                if extents == 0 or flags != last:
-                    if extents == extents_max:
+                if extents[i] == 0 or flags != last:
+                    if extents[i] == extents_max:
                         break
-                    extents += 1
+                    extents[i] += 1
                     length = 0
                     last = flags
                 length += got
                 offset += got
-                store32(row + 8 * (extents - 1), <uint32_t>length)
-                store32(row + 8 * (extents - 1) + 4, last)
-            if extents == 0:
+                store32(row + 8 * (extents[i] - 1), <uint32_t>length)
+                store32(row + 8 * (extents[i] - 1) + 4, last)
+            if extents[i] == 0:
                 self.refuse(request, <int>got if got else -EIO, NULL, -1)
                 return
-            self.replies.chunk(at, REPLY_FLAG_DONE if i == self.contexts_count - 1 else 0, REPLY_TYPE_BLOCK_STATUS,
-                               request.cookie, 4 + 8 * extents)
-            store32(at + CHUNK_LENGTH, self.context_id[i])
-            self.replies.commit(CHUNK_LENGTH + 4 + 8 * extents)
+            end = offset
+        for i in range(self.contexts_count):
+            self.put_status(request, i, first + i * stride, extents[i], end - request.offset)
         count(&self.counters[STATUSES], 1)
+
+    cdef void put_status(self, const Request *request, int context, const char *chunk, int64_t extents, int64_t length) noexcept nogil:
+        """Send the rows of one context, which lie at or behind the end of the batch, cut to LENGTH bytes of the disk."""
+        cdef char *at = self.replies.batch + self.replies.length
+        cdef int64_t i, covered = 0
+        memmove(at + CHUNK_LENGTH + 4, chunk + CHUNK_LENGTH + 4, <size_t>extents * 8)
+        for i in range(extents):
+            covered += load32(at + CHUNK_LENGTH + 4 + 8 * i)
+            if covered >= length:
+                store32(at + CHUNK_LENGTH + 4 + 8 * i, load32(at + CHUNK_LENGTH + 4 + 8 * i) - <uint32_t>(covered - length))
+                extents = i + 1
+                break
+        self.replies.chunk(at, REPLY_FLAG_DONE if context == self.contexts_count - 1 else 0, REPLY_TYPE_BLOCK_STATUS,
+                           request.cookie, 4 + 8 * extents)
+        store32(at + CHUNK_LENGTH, self.context_id[context])
+        self.replies.commit(CHUNK_LENGTH + 4 + 8 * extents)
 
     cdef void answer(self, const Request *request, int code, const char *why) noexcept nogil:
         """The one reply of a request without data to return, and its counters."""

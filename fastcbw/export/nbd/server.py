@@ -61,13 +61,19 @@ class Export:
         self.read_only: bool = read_only
         self.description: str = description
         self.background: bool = background
-        self.contexts: dict[str, MetaContext] = contexts
+        self._contexts = contexts
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
         self._clients: list[_Client] = []       # those that have entered; the server's lock
         self._ended = dict.fromkeys(COUNTERS, 0)    # counters of those that have left; the server's lock
         self._connections_total = 0
         self._removed = False
+
+    @property
+    def contexts(self) -> dict[str, MetaContext]:
+        """The meta contexts by name, as they are now; base:allocation first."""
+        more = self._contexts() if callable(self._contexts) else self._contexts
+        return {c.BASE_ALLOCATION: AllocationContext(self.device), **(more or {})}
 
     @property
     def connections(self) -> int:
@@ -233,7 +239,7 @@ class Server:
         read_only: bool | None = None,
         description: str = "",
         background: bool = False,
-        contexts: Mapping[str, MetaContext] | None = None,
+        contexts: Mapping[str, MetaContext] | Callable[[], Mapping[str, MetaContext]] | None = None,
         on_connect: Callable[[], None] | None = None,
         on_disconnect: Callable[[], None] | None = None,
     ) -> Export:
@@ -241,7 +247,7 @@ class Server:
 
         read_only: None takes the device's; a read-only device can't be exported writable.
         background: its clients use only the part of the pool above the guests' reserve.
-        contexts: meta contexts beside base:allocation, by name.
+        contexts: meta contexts beside base:allocation, by name; or what returns them, asked anew in each handshake.
         on_connect: called before a client gets the export, in the connection's thread; an Error it raises refuses the
             client with that text. on_disconnect: called once after each successful on_connect, when the client has left.
         Raises ValueError for a name that is taken, empty or longer than 4096 bytes, and for read_only=False of a
@@ -258,9 +264,7 @@ class Server:
             read_only = bool(device.read_only)
         elif not read_only and device.read_only:
             raise ValueError(f"export {name!r}: {device.name} is read-only, it cannot be exported writable")
-        table = {c.BASE_ALLOCATION: AllocationContext(device)}
-        table.update(contexts or {})
-        export = Export(name, device, read_only, description, background, table, on_connect, on_disconnect)
+        export = Export(name, device, read_only, description, background, contexts, on_connect, on_disconnect)
         with self._lock:
             if self._closing:
                 raise Error(f"export {name!r}: the server is closed")
