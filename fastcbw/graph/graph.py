@@ -97,6 +97,10 @@ class Graph:
         users = ", ".join(edge.label for edge in node.parents if edge.parent not in leaving)
         if users:
             raise Error(f"Node {node.name} is in use: by {users} (remove that first)")
+        theirs = {other.name for other in leaving}
+        kept = [name for name in (node.base.snapshots if node.base is not None else ()) if name not in theirs]
+        if kept:
+            raise Error(f"Node {node.name} is in use: its disk has the snapshot {', '.join(kept)} (delete that first)")
 
     # -- several changes as one
 

@@ -38,7 +38,7 @@ class NodeOption:
 
 _TYPES: dict[str, tuple[Any, str]] = {
     "str": (lambda value: isinstance(value, str), "string"),
-    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "integer"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63, "integer"),
     "bool": (lambda value: isinstance(value, bool), "boolean"),
     "dict": (lambda value: isinstance(value, dict), "object"),
     "strings": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "array of strings"),

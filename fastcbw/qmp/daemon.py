@@ -195,6 +195,7 @@ class Daemon:
                 raise ValueError(f"target {target}: is served by this daemon (name another)")
             if job_id is not None:
                 check_name(job_id, "job id")
+            disk = self.disk(disk).name  # a node above it names it too
             own = snapshot is None
             if bitmap is not None and not own:
                 raise ValueError(f"bitmap: {bitmap!r}: {disk}@{snapshot} exists already (take it with --bitmap, or name the disk alone)")

@@ -43,12 +43,15 @@ class Nodes:
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
         self.graph = Graph()
-        self.exports: dict[str, NodeExport] = {}
+        self.exports: dict[str, NodeExport] = {}        # made by block-export-add, by id
+        self._served: dict[str, NodeExport] = {}        # of the disks that the daemon serves by itself, by name
         self._listening: str | None = None
 
     def adopt(self, disk: Disk) -> None:
-        """Make the node of a disk that the daemon serves by itself."""
-        self.graph.adopt(disk)
+        """Make the node of a disk that the daemon serves by itself, with its export as a parent."""
+        node = self.graph.adopt(disk)
+        user = self.graph.attach(f"export '{disk.name}'", [(node, "root", "source", READER if disk.read_only else GUEST)])
+        self._served[disk.name] = NodeExport(disk.name, disk.name, node, user)
 
     # -- nodes
 
@@ -109,7 +112,7 @@ class Nodes:
     def add_export(self, id: str, node_name: str, *, name: str | None = None, writable: bool = False, description: str = "") -> None:
         if self.daemon.nbd is None:
             raise Error("NBD server not running")
-        if id in self.exports:
+        if id in self.exports or id in self._served:
             raise Error(f"Block export id '{id}' is already in use")
         node = self.graph.find(node_name)
         name = node.name if name is None else name
@@ -143,9 +146,9 @@ class Nodes:
 
     def replace(self, parent: str, node_name: str) -> None:
         """Have an export end at another node of the same disk; its clients stay and nothing waits."""
-        export = self.exports.get(parent)
+        export = self.exports.get(parent) or self._served.get(parent)
         if export is None:
-            raise Error(f"export '{parent}': not found (exports by id: {', '.join(self.exports) or 'none'})")
+            raise Error(f"export '{parent}': not found (exports by id: {', '.join([*self._served, *self.exports]) or 'none'})")
         node = self.graph.find(node_name)
         if not node.kind.live:
             raise Error(f"node '{node.name}': shows a snapshot, no live disk (name a node of the disk itself)")

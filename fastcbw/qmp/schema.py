@@ -13,7 +13,7 @@ from fastcbw.units import parse_size
 
 
 def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 #: type name -> (accepts a decoded JSON value, how QEMU calls what it expected)

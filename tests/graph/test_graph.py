@@ -140,6 +140,15 @@ def test_a_node_in_use_is_not_removed_and_one_inside_another_goes_with_it(graph,
     assert graph.nodes == {}
 
 
+def test_a_node_whose_disk_has_a_snapshot_is_not_removed(graph):
+    graph.add([memory("a")])
+    snapshot = graph.find("a").disk().snapshot("s")
+    with pytest.raises(Error, match="Node a is in use: its disk has the snapshot s"):
+        graph.remove("a")
+    snapshot.close()
+    graph.remove("a")
+
+
 def test_a_transaction_puts_the_filter_above_a_disk_in_use(graph, image):
     """Apart, the node conflicts with the guest below it; together with the guest's move it does not."""
     graph.add([raw("disk", image), memory("store", 4 * LENGTH)])

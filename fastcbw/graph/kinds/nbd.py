@@ -26,7 +26,7 @@ class Nbd(Kind):
 def server_uri(server: dict, export: str) -> str:
     """Return the NBD URI of EXPORT at SERVER, an address as QEMU's SocketAddress."""
     kind = server.get("type")
-    wanted = {"unix": {"type", "path"}, "inet": {"type", "host", "port"}}.get(kind)
+    wanted = {"unix": {"type", "path"}, "inet": {"type", "host", "port"}}.get(kind if isinstance(kind, str) else "")
     if wanted is None:
         raise Error(f"Parameter 'server.type' does not accept value '{kind}' (there is unix, inet)")
     for name in sorted(wanted - set(server)):
