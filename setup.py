@@ -43,6 +43,8 @@ EXTENSIONS = [
     "fastcbw.cbw.reader",
     "fastcbw.cbw.lifecycle",
     "fastcbw.cbw.dirty",
+    "fastcbw.cbw.pace",
+    "fastcbw.cbw.offload",
     "fastcbw.cbw.copier",
     "fastcbw.cbw.engine",
     "fastcbw.export.nbd.pool",

@@ -2,6 +2,8 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.offload cimport Behind, Offload
+from fastcbw.cbw.pace cimport Pace
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.sync cimport pthread_mutex_t
 
@@ -14,6 +16,7 @@ cdef enum:
     DOING_ZEROES = 4
     DOING_COMPARE = 5
     DOING_ALLOCATE = 6
+    DOING_COPY = 7
 
 cdef struct Piece:
     int64_t offset
@@ -27,6 +30,8 @@ cdef class Copier:
     cdef SnapshotDevice snapshot        # the source when it is a snapshot, else None
     cdef bint target_is_zero            # zeroes need not be written
     cdef bint comparing                 # compare instead of copy
+    cdef readonly Pace pace             # how many workers, how large steps, how fast
+    cdef readonly Offload offload       # the kernel copies from file to file; None where it does not
     # choosing the next piece, under the lock
     cdef pthread_mutex_t lock
     cdef bint ram_first                 # still in the pass over what is in RAM
@@ -51,7 +56,10 @@ cdef class Copier:
     cdef int64_t look_ahead(self) noexcept nogil
     cdef int64_t look_at_cursor(self) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
+    cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil
-    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length) noexcept nogil
-    cdef int write_zero(self, int64_t offset, int64_t length) noexcept nogil
+    cdef int copy_data(self, int64_t offset, int64_t length, char *buffer, bint target_is_zero) noexcept nogil
+    cdef int copy_by_kernel(self, int64_t offset, int64_t length, char *buffer) noexcept nogil
+    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length, bint target_is_zero) noexcept nogil
+    cdef int write_zero(self, int64_t offset, int64_t length, bint target_is_zero) noexcept nogil
     cdef int compare_piece(self, const Piece *piece, char *buffer, char *other) noexcept nogil

@@ -1,4 +1,6 @@
 from fastcbw.block.device import BlockDevice
+from fastcbw.cbw.offload import Offload
+from fastcbw.cbw.pace import Pace
 
 ORDERS: tuple[str, ...]
 
@@ -6,9 +8,11 @@ class Copier:
     source: BlockDevice
     target: BlockDevice
     chunk: int
+    pace: Pace
+    offload: Offload | None
     def __init__(
         self, source: BlockDevice, target: BlockDevice, *, chunk: int = ..., order: str = ..., target_is_zero: bool = ...,
-        comparing: bool = ...,
+        comparing: bool = ..., pace: Pace | None = ..., offload: Offload | None = ...,
     ) -> None: ...
     def run(self, in_background: bool = ...) -> None: ...
     def cancel(self) -> None: ...

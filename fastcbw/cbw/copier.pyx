@@ -1,28 +1,34 @@
 """The copier: moves the bytes of a source to a target, by N workers, in a stated order, with bounded memory.
 
     next_piece (under a lock, O(1)) ──▶ worker: read ─▶ zero test ─▶ write     each with one buffer of `chunk` bytes
+                                             or: from file to file by the kernel, then validated (offload.pyx)
 
 Orders. `sequential`: ascending. `ram-first`: what is in the snapshot's RAM tier now, ascending; then the rest, ascending.
 Zeroes are known from block status (holes, preserved zeroes) or found by content in blocks of 4 KiB; a target that is
 known to be all zeroes is not told about them, so that it stays sparse.
 
-In flight: workers x chunk bytes of data at most, no queue. The first error wins and is kept, with what was being done
-and where; the workers stop after their present piece. A cancelled copier stops likewise.
+In flight: workers x chunk bytes of data at most, no queue; the pace says how many are at work, on how large steps of their pieces,
+and how fast (pace.pyx). The first error wins and is kept, with what was being done
+and where; the workers stop after their present step. A cancelled copier stops likewise.
 """
 
-from libc.errno cimport EIO, ENOMEM
+from libc.errno cimport EINTR, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ABSENT, STATUS_ZERO
+from fastcbw.cbw.offload cimport OFFLOAD_LACKING, Behind, Offload
+from fastcbw.cbw.pace cimport Pace
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport Snap, Ticket, bitmap_bytes, copy_run, enter, leave
 from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
-from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_seq
+from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_seq
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background
+
+from fastcbw.cbw.offload import behind_for
 
 ORDERS = ("sequential", "ram-first")
 
@@ -31,11 +37,14 @@ cdef enum:
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
+cdef int64_t BEHIND_BYTES = 4 << 20      # of each worker, under way to a device
+cdef int WORKERS_UNBOUND = 1 << 20       # without a pace: all that call run()
 
 cdef dict DOING_TEXT = {
     DOING_STATUS: "block status of the source",
     DOING_READ: "read from the source",
     DOING_WRITE: "write to the target",
+    DOING_COPY: "copy to the target",
     DOING_ZEROES: "write zeroes to the target",
     DOING_COMPARE: "compare the target",
     DOING_ALLOCATE: "allocate the buffer",
@@ -58,12 +67,13 @@ cdef class Copier:
     """Copies all of SOURCE to TARGET, or compares them.
 
     chunk: bytes of one read and one write, a multiple of 4 KiB. order: one of ORDERS. target_is_zero: every byte of the
-    target reads as zero now. comparing: read both and report the first difference as an error.
+    target reads as zero now. comparing: read both and report the first difference as an error. pace: default: every worker, chunk bytes
+    a step. offload: of offload_for(); digests and comparing want the data to pass through here.
     Call run() in as many threads as shall work; when all have returned, look at `error`.
     """
 
     def __cinit__(self, BlockDevice source not None, BlockDevice target not None, *, int64_t chunk=1 << 18,
-                  str order="sequential", bint target_is_zero=False, bint comparing=False):
+                  str order="sequential", bint target_is_zero=False, bint comparing=False, Pace pace=None, Offload offload=None):
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
         if order not in ORDERS:
@@ -75,6 +85,8 @@ cdef class Copier:
         self.chunk = chunk
         self.target_is_zero = target_is_zero
         self.comparing = comparing
+        self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
+        self.offload = None if comparing else offload
         self.snapshot = source if isinstance(source, SnapshotDevice) else None
         self.ram_first = order == "ram-first" and self.snapshot is not None
         if self.ram_first:
@@ -99,6 +111,7 @@ cdef class Copier:
         cdef Piece piece
         cdef char *buffer
         cdef char *other = NULL
+        cdef Behind behind = None if self.comparing else behind_for(self.target, BEHIND_BYTES)
         with nogil:
             if in_background:
                 run_in_background()
@@ -108,29 +121,103 @@ cdef class Copier:
             if buffer == NULL or (self.comparing and other == NULL):
                 self.note_error(-ENOMEM, DOING_ALLOCATE, 0, self.chunk)
             else:
-                while self.next_piece(&piece):
-                    if self.comparing:
-                        if self.compare_piece(&piece, buffer, other):
-                            break
-                    elif self.copy_piece(&piece, buffer):
+                while self.pace.take():
+                    if not self.next_piece(&piece):
+                        self.pace.give()
                         break
-                    add_seq(&self.done_bytes, <uint64_t>piece.length)
+                    if self.work(&piece, buffer, other, behind):
+                        self.pace.give()
+                        break
+                    self.pace.give()
+                self.pace.stop(False)       # who sleeps is not needed any more
             if buffer != NULL:
                 unmap_pages(buffer, self.chunk)
             if other != NULL:
                 unmap_pages(other, self.chunk)
 
-    cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil:
+    cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil:
+        """Do a piece, in steps as the pace has them. Not 0: it failed, which is noted, or was cancelled."""
+        cdef Piece step
+        cdef int64_t at = 0
         cdef int code
-        if piece.zero:
-            return self.write_zero(piece.offset, piece.length)
-        code = self.source.pread(buffer, piece.offset, piece.length)
-        if code:
-            self.note_error(code, DOING_READ, piece.offset, piece.length)
-            return code
-        return self.write_data(buffer, piece.offset, piece.length)
+        step.zero = piece.zero
+        while at < piece.length:
+            step.offset = piece.offset + at
+            step.length = piece.length - at
+            if not piece.zero:          # zeroes move no data
+                step.length = self.pace.step(step.length)
+                if step.length == 0:
+                    return -EINTR
+            if self.comparing:
+                code = self.compare_piece(&step, buffer, other)
+            else:
+                code = self.copy_piece(&step, buffer)
+                if code == 0 and behind is not None and not piece.zero:
+                    code = behind.wrote(step.offset, step.length)
+                    if code:
+                        self.note_error(code, DOING_WRITE, step.offset, step.length)
+            if code:
+                return code
+            if not piece.zero:
+                self.pace.moved(step.length)
+            add_seq(&self.done_bytes, <uint64_t>step.length)
+            at += step.length
+        return 0
 
-    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length) noexcept nogil:
+    cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil:
+        if piece.zero:
+            return self.write_zero(piece.offset, piece.length, self.target_is_zero)
+        if self.offload is not None and not load_seq(&self.offload.lacking):
+            return self.copy_by_kernel(piece.offset, piece.length, buffer)
+        return self.copy_data(piece.offset, piece.length, buffer, self.target_is_zero)
+
+    cdef int copy_data(self, int64_t offset, int64_t length, char *buffer, bint target_is_zero) noexcept nogil:
+        cdef int code
+        self.pace.read_begin()
+        code = self.source.pread(buffer, offset, length)
+        self.pace.read_end()
+        if code:
+            self.note_error(code, DOING_READ, offset, length)
+            return code
+        return self.write_data(buffer, offset, length, target_is_zero)
+
+    cdef int copy_by_kernel(self, int64_t offset, int64_t length, char *buffer) noexcept nogil:
+        """As copy_data, from file to file where no store holds the data (see offload.pyx)."""
+        cdef int64_t end = offset + length
+        cdef int64_t begin = offset, stop, held
+        cdef int code
+        while offset < end:
+            stop = offset + self.offload.nowhere(offset, end - offset)
+            if stop > offset:
+                code = self.offload.copy(offset, stop - offset)
+                if code == OFFLOAD_LACKING:
+                    return self.copy_data(offset, end - offset, buffer, self.target_is_zero)
+                if code:
+                    self.note_error(code, DOING_COPY, offset, stop - offset)
+                    return code
+                add_seq(&self.data_bytes, <uint64_t>(stop - offset))
+                while offset < stop:
+                    # Looked up again: what is in a store now may have been copied too late. It is not zero in the target, either.
+                    offset += self.offload.nowhere(offset, stop - offset)
+                    if offset < stop:
+                        held = self.offload.held(offset, stop - offset)
+                        code = self.copy_data(offset, held, buffer, False)
+                        if code:
+                            return code
+                        add_relaxed(&self.offload.rewritten_bytes, <uint64_t>held)
+                        offset += held
+            else:
+                held = self.offload.held(offset, end - offset)
+                code = self.copy_data(offset, held, buffer, self.target_is_zero) if held else 0
+                if code:
+                    return code
+                offset += held
+        code = self.offload.verdict(begin, length)
+        if code:
+            self.note_error(code, DOING_READ, begin, length)
+        return code
+
+    cdef int write_data(self, const char *buffer, int64_t offset, int64_t length, bint target_is_zero) noexcept nogil:
         """Write the runs of blocks that are not zero; the others are zeroes."""
         cdef int64_t at = 0, begin, step
         cdef bint zero
@@ -146,7 +233,7 @@ cdef class Copier:
                     break
                 at += step
             if zero:
-                code = self.write_zero(offset + begin, at - begin)
+                code = self.write_zero(offset + begin, at - begin, target_is_zero)
             else:
                 code = self.target.pwrite(buffer + begin, offset + begin, at - begin, 0)
                 if code:
@@ -156,10 +243,10 @@ cdef class Copier:
                 return code
         return 0
 
-    cdef int write_zero(self, int64_t offset, int64_t length) noexcept nogil:
+    cdef int write_zero(self, int64_t offset, int64_t length, bint target_is_zero) noexcept nogil:
         cdef int code = 0
         add_seq(&self.zero_bytes, <uint64_t>length)
-        if not self.target_is_zero:
+        if not target_is_zero:
             code = self.target.write_zeroes_at(offset, length, MAY_UNMAP)
             if code:
                 self.note_error(code, DOING_ZEROES, offset, length)
@@ -218,6 +305,7 @@ cdef class Copier:
             self.error_length = length
         pthread_mutex_unlock(&self.lock)
         store_seq(&self.failed, 1)
+        self.pace.stop(True)
 
     # -- order
 
@@ -330,8 +418,9 @@ cdef class Copier:
     # -- control plane
 
     def cancel(self):
-        """Let the workers end after their present piece."""
+        """Let the workers end after their present step."""
         store_seq(&self.cancelled, 1)
+        self.pace.stop(True)
 
     @property
     def is_cancelled(self):

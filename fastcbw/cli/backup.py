@@ -31,6 +31,7 @@ def add_parser(verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     options = check_options(BACKUP_OPTIONS, arguments)
     refuse_unbuilt(backing=arguments.backing)
+    _check_pace(arguments)
     check_nbd_uri(arguments.source)
     target_is_uri = check_nbd_uri(arguments.target)
     if arguments.format not in (None, "raw"):
@@ -40,6 +41,17 @@ def run(arguments: argparse.Namespace) -> int:
     start = _start_there if _is_daemons(arguments) else _start_here
     with Interrupts() as interrupts, ExitStack() as stack:
         return follow(start(arguments, options, stack), interrupts, json=arguments.json)
+
+
+def _check_pace(arguments: argparse.Namespace) -> None:
+    from fastcbw.jobs.pacing import check_rate
+
+    try:
+        check_rate(arguments.rate)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    if arguments.guest_p99 is not None and not _is_daemons(arguments):
+        raise UsageError(f"--guest-p99: {arguments.source}: nobody writes it through this command (it is for a disk of a daemon)")
 
 
 def _is_daemons(arguments: argparse.Namespace) -> bool:

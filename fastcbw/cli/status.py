@@ -45,6 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
              f"{format_size(job['current-progress'])} of {format_size(job['total-progress'])}",
              f"{format_size(int(job['bytes-per-s']))}/s") for job in status["jobs"]])
         for job in status["jobs"]:
+            if job["status"] != "concluded" and job["guest-p99"] is not None:
+                now = "no writes" if job["guest-p99-now"] is None else f"{job['guest-p99-now']:.3g} ms"
+                print(f"{job['id']}: guest p99 {now}, target {job['guest-p99']} ms")
             if job.get("error"):
                 print(f"{job['id']}: {job['error']}")
     return 0

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from fastcbw.block.device import BlockDevice
-from fastcbw.block.nbd import NbdDevice
 from fastcbw.cbw.copier import ORDERS, Copier
+from fastcbw.cbw.offload import offload_for
+from fastcbw.cbw.pace import Pace
+from fastcbw.cbw.reader import SnapshotDevice
 from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.increment import IncrementTarget
-from fastcbw.jobs.job import Job
+from fastcbw.jobs.job import RUNNING, Job
+from fastcbw.jobs.pacing import TICK_S, Governor, check_guest_p99, check_in_flight, check_rate, check_workers, make_pace
 from fastcbw.jobs.target import Target
-from fastcbw.units import parse_size
-
-WORKERS_NBD = 4             # to an NBD target: round trips overlap
-WORKERS_LOCAL_MAX = 4       # to a file or device: half the processors, so that the guest has the others
-WORKERS_MAX = 64
-CHUNK_MIN = 4096
-CHUNK_DEFAULT = 256 << 10   # as fast as larger ones on tmpfs, and a guest waits for less of it
-CHUNK_MAX = 1 << 20
 
 # Named in INTERFACE, not built yet.
-_LATER = ("rate", "guest_p99", "consume", "resume", "format", "backing")
+_LATER = ("consume", "resume", "format", "backing")
 _ORDERS_LATER = ("disk-last", "disk-early", "zero-last", "hot-first")
 
 
@@ -33,9 +29,10 @@ class BackupJob(Job):
 
     source: a device whose content does not change (a snapshot).
     target: a path or a BlockDevice, see Target; of a snapshot of what a bitmap marks, see IncrementTarget. sources: what the target may not be.
-    order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer; default: 4 to an NBD target, else half
-        the processors, at most 4. in_flight: bytes of all buffers together (while verifying: twice that); default: 256 KiB
-        for each worker. verify: read the target again and compare it with the source.
+    order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer; default: as many as raise the throughput,
+        up to 16, to a file up to half the processors and 4. in_flight: bytes of all buffers together (while verifying: twice
+        that), a limit; default: 16 MiB; with workers, 256 KiB for each. rate: bytes a second, a limit. guest_p99: milliseconds, the
+        guest's p99 write latency that the job slows down for. verify: read the target again and compare it with the source.
     on_release: called once when the job needs the source no more.
 
     Arguments are checked and the target is made here; start() begins to copy.
@@ -49,6 +46,8 @@ class BackupJob(Job):
         order: str = "sequential",
         workers: int | None = None,
         in_flight: int | str | None = None,
+        rate: int | str | None = None,
+        guest_p99: float | None = None,
         verify: bool = False,
         force: bool = False,
         sources: list[str | int] = (),
@@ -64,10 +63,10 @@ class BackupJob(Job):
                 raise ValueError(f"{option}: {value!r}: this option is not built yet")
         _check_order(order)
         if workers is not None:
-            _check_workers(workers)
-        limit = None if in_flight is None else parse_size(in_flight, "in_flight")
-        if limit is not None:
-            _chunk_for(limit, workers or 1)
+            check_workers(workers)
+        limit = check_in_flight(in_flight, workers)
+        self._rate = check_rate(rate)
+        self.guest_p99 = check_guest_p99(guest_p99, source)
         self.verify = verify
         self.source = source
         self.order = order
@@ -76,18 +75,23 @@ class BackupJob(Job):
         # Of a snapshot that was made from a bitmap only what the bitmap marks exists: an increment.
         kind = Target if getattr(source, "bitmap", None) is None else IncrementTarget
         self._target = kind(target, source.length, sources=sources, force=force)
-        self.workers = workers or _workers_for(self._target.device)
-        if limit is None:
-            self.chunk = CHUNK_DEFAULT
-        else:
-            self.workers = min(self.workers, limit // CHUNK_MIN)
-            self.chunk = _chunk_for(limit, self.workers)
+        self._workers, self._in_flight = workers, limit
+        self._paused = False
+        self._pace: Pace | None = None
+        self._governor: Governor | None = None
         self._copier = self._make_copier(comparing=False)
         self._verifier: Copier | None = None
 
     def _make_copier(self, comparing: bool) -> Copier:
-        return Copier(self.source, self._target.device, chunk=self.chunk, order="sequential" if comparing else self.order,
-                      target_is_zero=self._target.is_zero, comparing=comparing)
+        pace = make_pace(self._target.device, self._workers, self._in_flight)
+        # A copy that is verified passes through here: what the kernel may have got wrong is not to be compared with itself.
+        offload = None if self.verify else offload_for(self.source, self._target.device)
+        with self._lock:
+            self._pace = pace
+            pace.set_rate(self._rate)
+            pace.set_paused(self._paused)
+        return Copier(self.source, self._target.device, chunk=pace.piece_max, order="sequential" if comparing else self.order,
+                      target_is_zero=self._target.is_zero, comparing=comparing, pace=pace, offload=offload)
 
     def run(self) -> None:
         # A cancelled job removes what it wrote; a failed one leaves it, under the name that says so.
@@ -116,11 +120,20 @@ class BackupJob(Job):
 
     def _work(self, copier: Copier, what: str) -> None:
         threads = [threading.Thread(target=copier.run, args=(True,), name=f"fastcbw-{self.id}-{i}", daemon=True)
-                   for i in range(self.workers)]
+                   for i in range(copier.pace.workers_max)]
+        if isinstance(self.source, SnapshotDevice) and self.source.engine is not None:
+            self._governor = Governor(copier.pace, self.source.engine.latency_meter(), lambda: copier.counters()["data"], self.guest_p99)
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(TICK_S)
+                    if self._governor is not None and thread.is_alive():
+                        self._governor.tick(time.monotonic())
+        finally:
+            if self._governor is not None:
+                self._governor.close()
         if copier.error is not None:
             raise JobFailed(f"{what}: {copier.error}")
         if copier.is_cancelled:
@@ -130,6 +143,44 @@ class BackupJob(Job):
         self._copier.cancel()
         if self._verifier is not None:
             self._verifier.cancel()
+
+    def pause(self) -> None:
+        """Begin nothing more until resume(); what is under way ends. Pausing twice is no error."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._lock:
+            self._paused = paused
+            self._pace.set_paused(paused)
+
+    @property
+    def paused(self) -> bool:
+        """Whether pause() holds it; one that has ended is not."""
+        return self._paused and self.status == RUNNING
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes a second that the job may move, None for no limit; may be set at any time, as the keyword."""
+        return self._rate or None
+
+    @rate.setter
+    def rate(self, rate: int | str | None) -> None:
+        with self._lock:
+            self._rate = check_rate(rate)
+            self._pace.set_rate(self._rate)
+
+    @property
+    def pacing(self) -> dict[str, Any]:
+        """How the job is paced now: rate (limit, or None), guest_p99 (target, ms, or None), guest_p99_now (ms of the last second, or
+        None), workers (at work at once), in_flight (bytes, at most)."""
+        status = self._pace.status()
+        governor = self._governor
+        return {"rate": self.rate, "guest_p99": self.guest_p99, "guest_p99_now": None if governor is None else governor.p99_ms,
+                "workers": status["workers"], "in_flight": status["in_flight"]}
 
     def end(self) -> None:
         if self._on_release is not None:
@@ -157,25 +208,3 @@ def _check_order(order: str) -> None:
             raise ValueError(f"order: {policy!r} is not built yet (there is {', '.join(ORDERS)})")
     if order not in ORDERS:
         raise ValueError(f"order: {order!r} is unknown (there is {', '.join(ORDERS)}, one of them)")
-
-
-def _check_workers(workers: int) -> int:
-    if isinstance(workers, bool) or not isinstance(workers, int):
-        raise TypeError(f"workers: expected an int, got {type(workers).__name__}")
-    if not 1 <= workers <= WORKERS_MAX:
-        raise ValueError(f"workers: {workers} is not within 1 to {WORKERS_MAX}")
-    return workers
-
-
-def _workers_for(target: BlockDevice) -> int:
-    if isinstance(target, NbdDevice):
-        return WORKERS_NBD
-    return max(1, min(WORKERS_LOCAL_MAX, (os.cpu_count() or 1) // 2))
-
-
-def _chunk_for(in_flight: int, workers: int) -> int:
-    """The largest chunk with which WORKERS keep at most IN_FLIGHT bytes in flight."""
-    chunk = in_flight // workers // CHUNK_MIN * CHUNK_MIN
-    if chunk < CHUNK_MIN:
-        raise ValueError(f"in_flight: {in_flight} bytes are less than {CHUNK_MIN} for each of {workers} workers")
-    return min(chunk, CHUNK_MAX)

@@ -41,6 +41,20 @@ def _job_dismiss(daemon: Daemon, id: str) -> None:
     daemon.jobs.dismiss(id)
 
 
+def _job_pause(daemon: Daemon, id: str) -> None:
+    daemon.jobs.pause(id, True)
+
+
+def _job_resume(daemon: Daemon, id: str) -> None:
+    daemon.jobs.pause(id, False)
+
+
+def _set_speed(daemon: Daemon, device: str, speed: int) -> None:
+    if speed < 0:
+        raise QmpError("Invalid parameter 'speed'")
+    daemon.jobs.set_speed(device, speed)
+
+
 def _query_block_exports(daemon: Daemon) -> list:
     names = daemon.exports() if daemon.nbd is not None else []
     made = {export.name: export for export in list(daemon.nodes.exports.values())}
@@ -112,6 +126,11 @@ COMMANDS = Schema([
     Command("quit", "end the daemon cleanly", _quit),
     Command("query-jobs", "all jobs, ended ones until they are dismissed", _query_jobs),
     Command("job-cancel", "ask a running job to end", _job_cancel, (_JOB_ID,)),
+    Command("job-pause", "let a running job begin nothing more until job-resume", _job_pause, (_JOB_ID,)),
+    Command("job-resume", "let a paused job go on", _job_resume, (_JOB_ID,)),
+    Command("block-job-set-speed", "limit a running job", _set_speed, (
+        Argument("device", "str", "the job", required=True),
+        Argument("speed", "int", "bytes per second; 0: no limit", required=True))),
     Command("job-dismiss", "forget an ended job", _job_dismiss, (_JOB_ID,)),
     Command("query-block-exports", "all NBD exports", _query_block_exports),
     Command("fastcbw-snapshot-create", "take a snapshot of one disk, or of several at one instant", _snapshot_create,

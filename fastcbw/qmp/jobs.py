@@ -35,10 +35,12 @@ class JobRecord:
         """QEMU's name of the state; ``concluded`` only after the job's own snapshot is gone too."""
         if self.outcome is not None:
             return "concluded"
+        if self.job.paused:
+            return "paused"
         return "created" if self.job.status == "created" else "running"
 
     def describe(self) -> dict:
-        """Return QEMU's members of a job, and ours: outcome, bytes-per-s, result, disk, snapshot, target."""
+        """Return QEMU's members of a job, and ours: outcome, bytes-per-s, pacing (see BackupJob), result, disk, snapshot, target."""
         progress = self.job.progress
         described = {
             "id": self.id,
@@ -47,6 +49,7 @@ class JobRecord:
             "current-progress": progress["done"],
             "total-progress": progress["total"],
             "bytes-per-s": progress["bytes_per_s"],
+            **{name.replace("_", "-"): value for name, value in self.job.pacing.items()},
             "disk": self.disk,
             "snapshot": self.snapshot,
             "target": self.target,
@@ -118,7 +121,7 @@ class JobTable:
         self._forget_oldest()
         progress = record.job.progress
         data = {"type": record.type, "device": record.id, "len": progress["total"], "offset": progress["done"],
-                "speed": 0}
+                "speed": record.job.rate or 0}
         if outcome == "failed":
             data["error"] = record.error
         self._emit("BLOCK_JOB_CANCELLED" if outcome == "cancelled" else "BLOCK_JOB_COMPLETED", data)
@@ -152,6 +155,20 @@ class JobTable:
         if record.outcome is not None:
             raise Error(f"job {name!r}: has ended, it can't be cancelled (job-dismiss removes it)")
         record.job.cancel()
+
+    def pause(self, name: str, pause: bool) -> None:
+        """Pause a running job, or resume it."""
+        self._running(name).job.pause() if pause else self._running(name).job.resume()
+
+    def set_speed(self, name: str, speed: int) -> None:
+        """Limit a running job to SPEED bytes a second; 0: no limit."""
+        self._running(name).job.rate = speed or None
+
+    def _running(self, name: str) -> JobRecord:
+        record = self.find(name)
+        if record.outcome is not None:
+            raise Error(f"job {name!r}: has ended")
+        return record
 
     def dismiss(self, name: str) -> None:
         """Forget an ended job."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.errors import Error, JobCancelled, JobFailed
+from fastcbw.units import parse_size
 from fastcbw.qmp.client import QmpClient
 from fastcbw.qmp.remote_bitmaps import RemoteBitmap
 
@@ -228,6 +229,32 @@ class RemoteJob:
         except Error:
             if self.status != "concluded":
                 raise
+
+    def pause(self) -> None:
+        """Let it begin nothing more until resume()."""
+        self.daemon.client.execute("job-pause", id=self.id)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.daemon.client.execute("job-resume", id=self.id)
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes a second that the job may move, None for no limit; may be set at any time."""
+        return self.describe()["rate"]
+
+    @rate.setter
+    def rate(self, rate: int | str | None) -> None:
+        limit = None if rate is None else parse_size(rate, "rate")
+        if limit == 0:
+            raise ValueError("rate: 0 bytes a second would never end (None is no limit)")
+        self.daemon.client.execute("block-job-set-speed", device=self.id, speed=limit or 0)
+
+    @property
+    def pacing(self) -> dict:
+        """How the job is paced now, see BackupJob.pacing."""
+        job = self.describe()
+        return {name: job[name.replace("_", "-")] for name in ("rate", "guest_p99", "guest_p99_now", "workers", "in_flight")}
 
     def dismiss(self) -> None:
         """Make the daemon forget the job, which has ended."""

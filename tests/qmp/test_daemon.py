@@ -109,6 +109,37 @@ def test_a_job_ends_with_events_that_qemus_clients_know(daemon, remote, tmp_path
                     ("JOB_STATUS_CHANGE", "concluded")]
 
 
+def test_a_job_is_slowed_down_paused_and_let_go(daemon, remote, tmp_path):
+    job = remote.disks["a"].backup(tmp_path / "a.bak", rate="1K", guest_p99=1000)
+    assert job.rate == 1024 and job.pacing["guest_p99"] == 1000 and job.status == "running"
+    job.pause()
+    assert job.status == "paused"
+    job.resume()
+    assert job.status == "running"
+    for speed in (-1, 1.5, "1M"):
+        with pytest.raises(Error, match="speed"):
+            remote.client.execute("block-job-set-speed", device=job.id, speed=speed)
+    job.rate = "2K"
+    assert job.rate == 2048
+    job.rate = None
+    assert job.rate is None
+    job.wait(30)
+    assert (tmp_path / "a.bak").read_bytes()[:8192] == b"a" * 4096 + bytes(4096)
+    for command in ("job-pause", "job-resume"):
+        with pytest.raises(Error, match="has ended"):
+            remote.client.execute(command, id=job.id)
+
+
+@pytest.mark.parametrize("option, value, text", [
+    ("rate", 0, "rate: 0"), ("rate", "1X", "rate"), ("rate", -1, "rate"), ("guest_p99", 0, "guest_p99: 0"), ("guest_p99", -1, "guest_p99: -1"),
+    ("guest_p99", "5", "guest-p99"),
+])
+def test_a_pace_that_makes_no_sense_is_refused_and_makes_nothing(daemon, remote, tmp_path, option, value, text):
+    with pytest.raises(Error, match=text):
+        remote.disks["a"].backup(tmp_path / "a.bak", **{option: value})
+    assert not remote.jobs and not list(tmp_path.glob("a.bak*")) and not daemon.disks["a"].snapshots
+
+
 def test_a_job_id_in_use_and_an_unknown_one_are_refused(daemon, remote, tmp_path):
     remote.disks["a"].backup(tmp_path / "one", job_id="j").wait(60)
     with pytest.raises(Error, match="job 'j': the id is in use"):

@@ -59,7 +59,6 @@ def test_an_unknown_command_has_the_error_class_of_qemu():
     (SNAPSHOT_OPTIONS, {"copy_on_read": True}, "copy-on-read: not built yet"),
     (SNAPSHOT_OPTIONS, {"durability": "power"}, "durability: 'power' is not built yet"),
     (SNAPSHOT_OPTIONS, {"export": "discard"}, "export: 'discard' is not built yet"),
-    (BACKUP_OPTIONS, {"rate": 1}, "rate: not built yet"),
     (BACKUP_OPTIONS, {"consume": True}, "consume: not built yet"),
     (BACKUP_OPTIONS, {"order": "hot-first"}, r"order: 'hot-first' is not built yet \(what exists: sequential, ram-first"),
 ])

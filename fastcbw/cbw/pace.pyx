@@ -1,0 +1,285 @@
+"""The pace of a job: bytes in flight that fit its target, a rate, and the guest's needs.
+
+    worker:  take ─▶ next piece ─▶ ( step ─▶ read_begin ─ read ─ read_end ─▶ write ─▶ moved )* ─▶ give
+
+Bytes in flight. More of them help until the target's latency is hidden; from then on they only wait in a queue, cost memory, delay a
+cancel and stand in front of the guest where it shares the queue. So the job begins with one worker, and doubles them as long as a
+round shows more throughput for it; then it stays, and now and then tries one level up (kept when it gains) and one down
+(kept when it loses nothing). What is found is about latency x bandwidth of the target, without measuring either. Workers above the level
+sleep. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
+
+Rate. A token bucket in the form of a due time: a piece pushes it by length / rate, and nobody begins before it. It may lag by BURST_NS,
+so that a pause in the work is not made up for in one go. The lower one of the user's and the guest's counts.
+
+Everything is under one mutex, taken a few times for each step of many KiB. A worker that sleeps has no piece, so nothing is left behind.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+
+from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_wait,
+                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+
+cdef enum:
+    CLIMB = 0                   # doubling
+    HOLD = 1
+    PROBE_UP = 2
+    PROBE_DOWN = 3
+
+    PIECE_MIN = 4096
+    SKIP_ROUNDS = 10            # rounds between two probes
+
+cdef int64_t ROUND_NS = 50000000
+cdef int64_t PIECE_NS = 200000000
+cdef int64_t BURST_NS = 50000000
+cdef double CLIMB_GAIN = 1.15   # a doubling of what is in flight has to give at least this
+cdef double UP_GAIN = 1.06      # one level more, about a quarter
+cdef double DOWN_LOSS = 0.97
+
+
+cdef class Pace:
+    """Made by a job, shared by its workers; the setters are for any thread.
+
+    levels: (workers, piece) in ascending order of their product; one level: no adapting. first: index of the level to begin with; levels
+    below it have smaller pieces, for targets that take long for one.
+    """
+
+    def __cinit__(self, levels, int first=0):
+        cdef int i
+        levels = list(levels)
+        if not 1 <= len(levels) <= LEVELS_MAX or not 0 <= first < len(levels):
+            raise ValueError(f"pace: {len(levels)} levels, the first being {first}: 1 to {LEVELS_MAX} are possible")
+        for i, (workers, piece) in enumerate(levels):
+            if workers < 1 or piece < PIECE_MIN or piece % PIECE_MIN:
+                raise ValueError(f"pace: level of {workers} workers with {piece} bytes makes no sense")
+            self.levels[i].workers = workers
+            self.levels[i].piece = piece
+            self.workers_max = max(self.workers_max, workers)
+            self.piece_max = max(self.piece_max, piece)
+        self.levels_count = len(levels)
+        self.level = self.best_level = first
+        self.phase = CLIMB if len(levels) > 1 else HOLD
+        self.probe_up = True
+        pthread_mutex_init(&self.mutex, NULL)
+        cond_init(&self.changed)
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.mutex)
+        pthread_cond_destroy(&self.changed)
+
+    # -- workers
+
+    cdef bint take(self) noexcept nogil:
+        cdef bint go
+        pthread_mutex_lock(&self.mutex)
+        while not self.stopped and self.busy >= self.levels[self.level].workers:
+            pthread_cond_wait(&self.changed, &self.mutex)
+        go = not self.stopped
+        self.busy += go
+        pthread_mutex_unlock(&self.mutex)
+        return go
+
+    cdef void give(self) noexcept nogil:
+        pthread_mutex_lock(&self.mutex)
+        self.busy -= 1
+        if self.workers_max > 1:
+            pthread_cond_broadcast(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef int64_t step(self, int64_t left) noexcept nogil:
+        cdef int64_t now, length = 0
+        cdef uint64_t rate
+        pthread_mutex_lock(&self.mutex)
+        while not self.cancelled:
+            rate = self.rate_now()
+            if self.paused:
+                self.round_void = True
+                pthread_cond_wait(&self.changed, &self.mutex)
+                continue
+            now = now_ns() if rate else 0
+            if self.due_ns > now and rate:
+                self.round_void = True
+                cond_wait_until(&self.changed, &self.mutex, self.due_ns)
+                continue
+            length = self.levels[self.level].piece
+            if rate:
+                while length > PIECE_MIN and <uint64_t>length > rate // 8:     # a low rate is a steady one, too
+                    length = (length // 2 + PIECE_MIN - 1) // PIECE_MIN * PIECE_MIN
+                length = min(length, left)
+                if self.due_ns < now - BURST_NS:
+                    self.due_ns = now - BURST_NS
+                self.due_ns += <int64_t>(<double>length * 1e9 / <double>rate)
+            break
+        pthread_mutex_unlock(&self.mutex)
+        return min(length, left)
+
+    cdef void read_begin(self) noexcept nogil:
+        pthread_mutex_lock(&self.mutex)
+        while self.readers_limit and self.reading >= self.readers_limit and not self.cancelled:
+            pthread_cond_wait(&self.changed, &self.mutex)
+        self.reading += 1
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef void read_end(self) noexcept nogil:
+        pthread_mutex_lock(&self.mutex)
+        self.reading -= 1
+        if self.readers_limit:
+            pthread_cond_broadcast(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef void moved(self, int64_t length) noexcept nogil:
+        cdef int64_t now
+        if self.levels_count == 1:
+            return
+        pthread_mutex_lock(&self.mutex)
+        now = now_ns()
+        if self.to_skip > 0:
+            self.to_skip -= 1
+        elif self.round_ns == 0 or self.round_void:
+            self.begin_round(now)
+        else:
+            self.round_bytes += length
+            self.round_pieces += 1
+            if now - self.round_ns >= ROUND_NS and self.round_pieces >= 2 * self.levels[self.level].workers:
+                self.judge(now)
+                pthread_cond_broadcast(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef void stop(self, bint at_once) noexcept nogil:
+        pthread_mutex_lock(&self.mutex)
+        self.stopped = True
+        self.cancelled |= at_once
+        pthread_cond_broadcast(&self.changed)
+        pthread_mutex_unlock(&self.mutex)
+
+    # -- inside, with the mutex held
+
+    cdef uint64_t rate_now(self) noexcept nogil:
+        if self.rate == 0 or self.guest_rate == 0:
+            return self.rate | self.guest_rate
+        return min(self.rate, self.guest_rate)
+
+    cdef void begin_round(self, int64_t now) noexcept nogil:
+        self.round_ns = now
+        self.round_bytes = 0
+        self.round_pieces = 0
+        self.round_void = False
+
+    cdef void go_to(self, int level) noexcept nogil:
+        if level == self.level:
+            self.begin_round(now_ns())
+            return
+        self.to_skip = self.busy
+        self.level = level
+        self.round_ns = 0
+
+    cdef void judge(self, int64_t now) noexcept nogil:
+        """A round has ended: what does it say of the level?"""
+        cdef double rate = <double>self.round_bytes * 1e9 / <double>(now - self.round_ns)
+        cdef int level = self.level
+        cdef int next_level
+        if (now - self.round_ns) // self.round_pieces * self.levels[level].workers > PIECE_NS and self.levels[level].workers == 1 and level > 0:
+            # Slower than a piece in PIECE_NS: smaller ones, at once.
+            self.phase = HOLD
+            self.best_level = level - 1
+            self.best_rate = rate
+            self.go_to(level - 1)
+            return
+        if self.phase == CLIMB:
+            if self.best_rate == 0 or rate > self.best_rate * CLIMB_GAIN:
+                self.best_rate = rate
+                self.best_level = level
+                next_level = level
+                while next_level + 1 < self.levels_count and self.flight(next_level) < 2 * self.flight(level):
+                    next_level += 1
+                if next_level == level:
+                    self.hold(level)
+                else:
+                    self.go_to(next_level)
+            else:
+                self.hold(self.best_level)
+        elif self.phase == HOLD:
+            self.best_rate += (rate - self.best_rate) * 0.3
+            self.rounds += 1
+            self.begin_round(now)
+            if self.rounds >= SKIP_ROUNDS:
+                self.probe()
+        elif self.phase == PROBE_UP:
+            if rate > self.best_rate * UP_GAIN:
+                self.best_rate = rate
+                self.best_level = level
+                if level + 1 < self.levels_count:
+                    self.go_to(level + 1)
+                    return
+            self.hold(self.best_level)
+        else:
+            if rate > self.best_rate * DOWN_LOSS:
+                self.best_level = level         # best_rate stays: a little less each time would add up
+            self.hold(self.best_level)
+
+    cdef int64_t flight(self, int level) noexcept nogil:
+        return self.levels[level].workers * self.levels[level].piece
+
+    cdef void hold(self, int level) noexcept nogil:
+        self.phase = HOLD
+        self.rounds = 0
+        self.go_to(level)
+
+    cdef void probe(self) noexcept nogil:
+        """One level up, the next time one down; never below one worker, where only slowness makes pieces smaller."""
+        cdef int level = self.level
+        cdef bint up = self.probe_up
+        self.rounds = 0
+        self.probe_up = not up
+        if up and level + 1 < self.levels_count:
+            self.phase = PROBE_UP
+            self.go_to(level + 1)
+        elif not up and level > 0 and self.levels[level].workers > 1:
+            self.phase = PROBE_DOWN
+            self.go_to(level - 1)
+
+    # -- control plane
+
+    def set_rate(self, uint64_t rate):
+        """Allow RATE bytes a second from the next piece on; 0: no limit."""
+        self.change(rate, self.guest_rate)
+
+    def set_guest_rate(self, uint64_t rate):
+        """As set_rate, for the sake of the guest: the lower one counts."""
+        self.change(self.rate, rate)
+
+    cdef void change(self, uint64_t rate, uint64_t guest_rate) noexcept:
+        cdef int64_t now = now_ns()
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            if self.due_ns > now and min(rate, guest_rate) != self.rate_now():
+                self.due_ns = now       # what an old, lower rate asked for is not waited for
+            self.rate = rate
+            self.guest_rate = guest_rate
+            pthread_cond_broadcast(&self.changed)
+            pthread_mutex_unlock(&self.mutex)
+
+    def set_readers(self, int limit):
+        """Let no more than LIMIT workers read from the source at once; 0: no limit."""
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            self.readers_limit = limit
+            pthread_cond_broadcast(&self.changed)
+            pthread_mutex_unlock(&self.mutex)
+
+    def set_paused(self, bint paused):
+        """Begin no piece from now on, or go on."""
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            self.paused = paused
+            pthread_cond_broadcast(&self.changed)
+            pthread_mutex_unlock(&self.mutex)
+
+    def status(self):
+        """Return workers and piece of the present level, busy workers, in_flight (bytes, at most), rate, guest_rate, paused."""
+        cdef Level level
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+            level = self.levels[self.level]
+            pthread_mutex_unlock(&self.mutex)
+        return {"workers": level.workers, "piece": level.piece, "in_flight": level.workers * level.piece, "busy": self.busy,
+                "rate": self.rate, "guest_rate": self.guest_rate, "paused": bool(self.paused)}

@@ -1,0 +1,238 @@
+"""Rate, pause, bytes in flight and the guest's share of a job."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fastcbw
+from fastcbw.block.delay import DelayDevice
+from fastcbw.block.memory import MemoryDevice
+from fastcbw.cbw.latency import KINDS, LIMITS_NS, bucket_of
+from fastcbw.cbw.pace import Pace
+from fastcbw.errors import JobCancelled
+from fastcbw.jobs.pacing import RATE_FIRST, RATE_FLOOR, Governor, make_pace
+
+K = 4096
+MIB = 1 << 20
+LENGTH = 4 * MIB
+
+
+def filled(length):
+    device = MemoryDevice(length)
+    for offset in range(0, length, MIB):
+        device.write(offset, bytes([offset // MIB % 250 + 1]) * min(MIB, length - offset))
+    return device
+
+
+@pytest.fixture
+def disk():
+    with fastcbw.open(filled(LENGTH), name="disk") as disk:
+        yield disk
+
+
+@pytest.fixture
+def snapshot(disk):
+    return disk.snapshot("s", ram="16M")
+
+
+def same(target, device):
+    return target.read(0, LENGTH) == device.read(0, LENGTH)
+
+
+def test_a_rate_is_kept_and_the_copy_is_right(snapshot):
+    target = MemoryDevice(LENGTH)
+    result = snapshot.backup(target, rate="16M", workers=3).wait(30)
+    assert same(target, snapshot)
+    assert result["seconds"] >= 0.9 * LENGTH / (16 * MIB) - 0.05        # a burst of 50 ms is allowed
+
+
+def test_a_rate_can_be_changed_while_the_job_runs(snapshot):
+    job = snapshot.backup(MemoryDevice(LENGTH), rate=1000)              # an hour
+    assert job.rate == 1000 and job.pacing["rate"] == 1000
+    for bad in (0, "x", -1):
+        with pytest.raises(ValueError, match="rate"):
+            job.rate = bad
+    assert job.rate == 1000
+    job.rate = None
+    job.wait(30)
+    assert job.rate is None
+
+
+def test_a_job_that_its_rate_holds_back_is_cancelled_at_once(snapshot):
+    job = snapshot.backup(MemoryDevice(LENGTH), rate=1)
+    job.cancel()
+    with pytest.raises(JobCancelled):
+        job.wait(10)
+
+
+def test_a_paused_job_moves_nothing_until_it_is_resumed(snapshot):
+    target = DelayDevice(MemoryDevice(LENGTH))
+    with target.hold("write") as gate:
+        job = snapshot.backup(target, workers=2, in_flight="128K")
+        gate.wait_arrived(2)
+        job.pause()
+        job.pause()
+        assert job.paused
+    with pytest.raises(TimeoutError):
+        job.wait(0.05)
+    done = job.progress["done"]
+    assert done <= 2 * 64 * K
+    with target.hold("write") as gate:
+        with pytest.raises(TimeoutError):
+            gate.wait_arrived(1, timeout=0.05)
+        job.resume()
+        gate.wait_arrived(1)
+    job.wait(30)
+    assert not job.paused and same(target, snapshot)
+
+
+def test_a_paused_job_can_be_cancelled(snapshot):
+    job = snapshot.backup(MemoryDevice(LENGTH), rate=1000)
+    job.pause()
+    job.cancel()
+    with pytest.raises(JobCancelled):
+        job.wait(10)
+
+
+def test_a_target_with_latency_gets_more_in_flight_and_a_slow_one_little():
+    with fastcbw.open(filled(64 * MIB), name="large") as disk:
+        snapshot = disk.snapshot("s")
+        most = []
+        for trouble in ({"write_ms": 8}, {"bytes_per_s": 100 * MIB}):
+            job = snapshot.backup(DelayDevice(MemoryDevice(64 * MIB), **trouble))
+            seen = []
+            while job.status != "concluded":
+                seen.append(job.pacing["in_flight"])
+                time.sleep(0.002)
+            job.wait()
+            most.append((max(seen), sorted(seen)[len(seen) // 2]))
+        (latent, _), (_, slow) = most
+        assert latent >= 4 * 256 * 1024 and slow <= 2 * 256 * 1024
+
+
+def test_what_is_in_flight_has_a_limit():
+    for limit in (K, 100 * K, 3 * MIB, 64 * MIB):
+        pace = make_pace(DelayDevice(MemoryDevice(K)), None, limit)
+        status = pace.status()
+        assert status["workers"] == 1 and status["in_flight"] <= limit
+        assert pace.workers_max * K <= limit and pace.workers_max <= 16
+    assert make_pace(MemoryDevice(K), 5, 100 * K).status()["in_flight"] == 100 * K
+
+
+@pytest.mark.parametrize("levels, first", [([], 0), ([(0, K)], 0), ([(1, 100)], 0), ([(1, K)], 1), ([(1, K)] * 33, 0)])
+def test_levels_that_make_no_sense_are_refused(levels, first):
+    with pytest.raises(ValueError, match="pace"):
+        Pace(levels, first)
+
+
+class FakeMeter:
+    """A guest whose writes took what the test says."""
+
+    def __init__(self):
+        self.counts = np.zeros((len(KINDS), len(LIMITS_NS)), np.uint64)
+        self.closed = False
+
+    def wrote(self, count, ms):
+        self.counts[0, bucket_of(int(ms * 1e6))] += count
+
+    def look(self):
+        counts, self.counts = self.counts, np.zeros_like(self.counts)
+        return counts
+
+    def close(self):
+        self.closed = True
+
+
+class Watched:
+    """A governor of a job that is always as fast as it may be."""
+
+    def __init__(self, target_ms):
+        self.pace = Pace([(1, K)])
+        self.meter = FakeMeter()
+        self.now_s = self.moved = 0.0
+        self.governor = Governor(self.pace, self.meter, lambda: self.moved, target_ms)
+
+    def tick(self, *writes):
+        for count, ms in writes:
+            self.meter.wrote(count, ms)
+        self.now_s += 0.1
+        self.moved += self.rate * 0.1
+        self.governor.tick(self.now_s)
+        return self.rate
+
+    @property
+    def rate(self):
+        return self.pace.status()["guest_rate"]
+
+
+def test_the_rate_rises_while_the_guest_is_well_and_halves_when_it_is_not():
+    job = Watched(5)
+    assert job.rate == RATE_FIRST
+    assert job.tick((1000, 1)) == RATE_FIRST        # the first speed is not known yet
+    assert job.tick((1000, 1)) == 2 * RATE_FIRST
+    assert job.tick((980, 1), (20, 9)) <= RATE_FIRST * 1.01
+    rates = [job.tick((1000, 1), (10, 9)) for _ in range(5)]        # one in a hundred may
+    assert rates == sorted(rates) and rates[-1] < 2 * RATE_FIRST
+    assert job.governor.p99_ms == pytest.approx(1, rel=0.13)
+
+
+def test_the_rate_never_falls_below_its_floor():
+    job = Watched(5)
+    for _ in range(50):
+        job.tick((1000, 50))
+    assert job.rate == RATE_FLOOR and job.governor.p99_ms > 50
+
+
+def test_few_writes_are_judged_after_a_while():
+    job = Watched(5)
+    job.tick()
+    first = job.rate
+    assert job.tick((1, 9)) == first                # one write says nothing yet
+    for _ in range(5):
+        job.tick((1, 9))
+    assert job.rate < first
+
+
+def test_without_a_target_nothing_limits_the_rate():
+    job = Watched(None)
+    job.tick((1000, 500))
+    assert job.rate == 0 and job.governor.p99_ms > 500
+    job.governor.close()
+    assert job.meter.closed
+
+
+def test_guest_p99_is_reported_and_the_job_ends(disk, snapshot):
+    stop = threading.Event()
+
+    def guest():
+        while not stop.is_set():
+            disk.write(0, b"x" * K)
+
+    writer = threading.Thread(target=guest)
+    writer.start()
+    try:
+        target = DelayDevice(MemoryDevice(LENGTH))
+        with target.hold("write") as gate:
+            job = snapshot.backup(target, guest_p99=50)
+            gate.wait_arrived()
+            end = time.monotonic() + 10
+            while job.pacing["guest_p99_now"] is None:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert job.pacing["guest_p99"] == 50 and job.pacing["guest_p99_now"] < 1000
+        job.wait(30)
+    finally:
+        stop.set()
+        writer.join()
+    assert same(target, snapshot)
+
+
+def test_guest_p99_needs_a_guest(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"x" * 8 * K)
+    with fastcbw.open(path, read_only=True) as disk:
+        with pytest.raises(ValueError, match="guest_p99: .*disk.img@s: no guest writes"):
+            disk.snapshot("s").backup(tmp_path / "b.img", guest_p99=5)
+    assert not list(tmp_path.glob("b.img*"))
