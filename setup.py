@@ -39,6 +39,7 @@ EXTENSIONS = [
     "fastcbw.cbw.locmap",
     "fastcbw.cbw.store",
     "fastcbw.cbw.worker",
+    "fastcbw.cbw.lazy",
     "fastcbw.cbw.intercept",
     "fastcbw.cbw.reader",
     "fastcbw.cbw.lifecycle",

@@ -4,7 +4,8 @@ It owns the state, the threads that serve it, and the snapshots; it takes the co
 one. Work per call is O(1), except for ending a snapshot, which walks what was preserved for it.
 
 Threads, started with the first snapshot and joined at close: COPY_THREADS that make copies that may wait, and the keeper,
-which ends what was broken so that its memory is free again. Importing starts nothing.
+which ends what was broken so that its memory is free again, and carries out recorded discards that no snapshot needs any
+more. Importing starts nothing.
 """
 
 from cpython.ref cimport PyObject
@@ -22,14 +23,16 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.dirty cimport DirtyBitmaps
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.latency cimport latency_meter
-from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, find_store_index, retire, sweep_stores)
+from fastcbw.cbw.lazy cimport lazy_carry_out
+from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport (BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
-                                geometry_new, geometry_ref, geometry_unref, snap_break, snap_new, snap_unref)
+from fastcbw.cbw.state cimport (BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, Ticket, WHY_COMMAND, bitmap_bytes,
+                                enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new, snap_unref, wake_keeper)
 from fastcbw.cbw.store cimport SEGMENT_HEADER, Store, store_free, store_new
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport load_relaxed, load_seq
+from fastcbw.sync cimport sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
 from fastcbw.cbw.spill import open_spill
@@ -39,6 +42,8 @@ _log = logging.getLogger("fastcbw.cbw")
 
 COPY_THREADS = 4
 JOIN_SECONDS = 10.0
+KEEPER_RETRY_SECONDS = 0.02
+cdef int64_t BUSY_POLL_NS = 100000
 
 # Devices that callers gave as disk tier: id of the device -> weak reference to the engine whose logs may hold it.
 _spill_owners = {}
@@ -106,7 +111,7 @@ cdef class Engine:
         if epoch.chain_count >= SNAPSHOTS_MAX or find_store_index(self.state) < 0:
             raise LimitReached(f"{self.device.name}: no more than {SNAPSHOTS_MAX} snapshots of a disk at once")
         bits = (options.cluster_size or CLUSTER_SIZE_DEFAULT).bit_length() - 1
-        if epoch.geometry != NULL:
+        if epoch.chain_count:
             if options.cluster_size and epoch.geometry.cluster_bits != bits:
                 raise Error(f"{self.device.name}: cluster_size {options.cluster_size} differs from the "
                             f"{1 << epoch.geometry.cluster_bits} of the live snapshots (it is fixed until they end)")
@@ -134,6 +139,10 @@ cdef class Engine:
         cdef Store *store = NULL
         cdef Snap *snap = NULL
         cdef PyObject *log = NULL
+        if geometry != NULL and geometry.cluster_bits != bits:
+            # No snapshot, but discards that were recorded in clusters of another size: they go to the disk first.
+            self.finish_discards()
+            geometry = NULL
         device = None
         if options.spill is not None:
             device = options.spill if isinstance(options.spill, BlockDevice) else open_spill(options.spill, options.spill_limit)
@@ -206,8 +215,16 @@ cdef class Engine:
         snapshot.retired = True
         with nogil:
             retire(self.state, snapshot.snap, why)
+            if load_seq(&snapshot.snap.geometry.lazy_count):
+                wake_keeper(self.state)     # there may be discards that only it kept waiting
         self.sweep()
         return 0
+
+    def finish_discards(self):
+        """Carry out recorded guest discards that no snapshot needs, and return when it is done."""
+        with self.control, nogil:
+            while lazy_carry_out(self.state) or not end_lingering(self.state):
+                sleep_ns(BUSY_POLL_NS)      # claimed just now: by a guest write that cancels it, or the keeper at the same work
 
     cdef int sweep(self) except -1:
         cdef uint64_t freed = sweep_stores(self.state)
@@ -241,6 +258,17 @@ cdef class Engine:
             self.threads.append(thread)
         return 0
 
+    def _keep(self):
+        """What the keeper does when it is woken. True: there is something left, to be tried again."""
+        cdef bint left
+        self._end_broken()
+        with nogil:
+            left = lazy_carry_out(self.state) != 0
+        with self.control:
+            if self.closed:
+                return False
+            return not end_lingering(self.state) or left
+
     def _end_broken(self):
         """Free what broken snapshots hold; they stay listed, with their reason, until they are deleted."""
         cdef SnapshotDevice snapshot
@@ -265,8 +293,13 @@ cdef class Engine:
     # -- reports
 
     def counters(self):
-        """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max."""
+        """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max.
+
+        Of guest discards, in bytes: lazy_bytes are recorded now; lazy_recorded, lazy_cancelled (by a write), lazy_carried_out and
+        lazy_failed (by the disk; not tried again) since the disk was opened.
+        """
         cdef int i
+        cdef Ticket ticket
         cdef uint64_t writes = 0, moved = 0, touches = 0, waits = 0, slowest = 0
         cdef Line *line
         for i in range(LINES):
@@ -276,7 +309,15 @@ cdef class Engine:
             touches += load_relaxed(&line.touches)
             waits += load_relaxed(&line.waits)
             slowest = max(slowest, load_relaxed(&line.wait_ns_max))
-        return {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000}
+        facts = {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000,
+                 "lazy_bytes": 0, "lazy_recorded": load_relaxed(&self.state.lazy_recorded),
+                 "lazy_cancelled": load_relaxed(&self.state.lazy_cancelled),
+                 "lazy_carried_out": load_relaxed(&self.state.lazy_carried_out), "lazy_failed": load_relaxed(&self.state.lazy_failed)}
+        ticket = enter(self.state)      # without the control lock: a report does not wait for a snapshot that begins or ends
+        if ticket.epoch.geometry != NULL:
+            facts["lazy_bytes"] = load_relaxed(&ticket.epoch.geometry.lazy_count) << ticket.epoch.geometry.cluster_bits
+        leave(ticket)
+        return facts
 
     def latency_meter(self):
         """Return a LatencyMeter: from now on, until its close(), guest writes are measured."""
@@ -317,7 +358,7 @@ cdef class Engine:
         """Bytes of a cluster while a snapshot lives, else None."""
         with self.control:
             return (1 << self.state.epochs[self.state.number & 3].geometry.cluster_bits
-                    if self.state.epochs[self.state.number & 3].geometry != NULL else None)
+                    if self.state.epochs[self.state.number & 3].chain_count else None)
 
     def check_open(self):
         """Raise ValueError when closed, RuntimeError in the child of a fork."""
@@ -345,6 +386,7 @@ cdef class Engine:
         with self.control:
             for name in list(reversed(list(self.snapshots))):
                 self.delete(name)
+            self.finish_discards()
             self.closed = True
             self.bitmaps.close()
             self.device.close()
@@ -374,10 +416,11 @@ def is_spill_in_use(device):
 
 
 def _keep(engine_ref, wake):
-    """The keeper: waits for a break, then has the engine free what is broken. Holds no reference while it waits."""
+    """The keeper: waits for a break or an end, then has the engine free what is broken and carry out discards. Holds no reference while it waits."""
+    left = False
     try:
         while True:
-            select.select([wake], [], [])
+            select.select([wake], [], [], KEEPER_RETRY_SECONDS if left else None)
             engine = engine_ref()
             if engine is None or engine.is_closed:
                 return
@@ -386,9 +429,10 @@ def _keep(engine_ref, wake):
             except BlockingIOError:
                 pass
             try:
-                engine._end_broken()
+                left = engine._keep()
             except Exception:
-                _log.exception("the keeper failed to end a broken snapshot")
+                _log.exception("the keeper failed to end a broken snapshot, or to carry out discards")
+                left = False
             del engine
     finally:
         os.close(wake)

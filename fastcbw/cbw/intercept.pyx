@@ -7,6 +7,8 @@
 The settled path: be counted, mark `changed`, test `settled`; two loads and one counter over the bare write, no lock and
 no allocation. Everything else is preserve(), in rounds of at most 256 clusters and 1 MiB.
 
+A discard goes its own way (lazy.pyx): it preserves nothing.
+
 Invariants: I1, a write reaches a cluster only when it is settled (or no snapshot needs it); I2, settled only after the word
 was published; I8, a failed copy gives its claims back. Whoever holds claims waits for device I/O only, and with a
 deadline: at the deadline the snapshots that ask for the copy are broken and the guest goes on.
@@ -22,9 +24,10 @@ what x86-64 does by itself. Who finds new data on the disk, therefore, finds the
 from libc.errno cimport EAGAIN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
+from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
 from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
                                 claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
@@ -48,6 +51,7 @@ cdef enum:
     START_OVER = 1      # the epoch was left
 
 cdef int64_t OLD_WRITES_POLL_NS = 20000
+cdef int64_t CARRY_OUT_WAIT_NS = 1000000000      # then it looks again
 
 
 cdef class FilterDevice(BlockDevice):
@@ -96,9 +100,19 @@ cdef class FilterDevice(BlockDevice):
     cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
-        cdef int code = self.child.discard_at(offset, length, flags)
-        guest_end(self.state, ticket, touched, began_ns)
+        cdef bint settled = enter_guest(self.state, offset, length, &ticket)
+        cdef int code
+        count_write(ticket.line, length)
+        if settled:
+            code = self.child.discard_at(offset, length, flags)
+            guest_end(self.state, ticket, False, began_ns)
+            return code
+        add_relaxed(&ticket.line.touches, 1)
+        code = guest_discard(self.state, offset, length, &ticket)       # leaves
+        if code == 0 and flags & FUA:
+            code = self.child.sync()
+        if began_ns:
+            latency_end(&self.state.latency, ticket.line - self.state.lines, LATENCY_PRESERVING, began_ns)
         return code
 
     cdef int sync(self) noexcept nogil:
@@ -139,11 +153,15 @@ cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket 
             break
     if started_ns:
         count_touch(ticket.line, started_ns)
-    # The thread's own counters: a load and a store, no locked instruction. Line 0, which is shared, may lose some.
-    store_relaxed(&ticket.line.writes, load_relaxed(&ticket.line.writes) + 1)
-    store_relaxed(&ticket.line.bytes, load_relaxed(&ticket.line.bytes) + <uint64_t>length)
+    count_write(ticket.line, length)
     fence_release()
     return started_ns != 0
+
+
+cdef inline void count_write(Line *line, int64_t length) noexcept nogil:
+    # The thread's own counters: a load and a store, no locked instruction. Line 0, which is shared, may lose some.
+    store_relaxed(&line.writes, load_relaxed(&line.writes) + 1)
+    store_relaxed(&line.bytes, load_relaxed(&line.bytes) + <uint64_t>length)
 
 
 cdef inline void count_touch(Line *line, int64_t started_ns) noexcept nogil:
@@ -184,9 +202,11 @@ cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end,
         if first == end:
             return GO_ON
         needing = newest_needing(epoch, first)
-        if is_claimed(epoch.geometry, first) and (needing == NULL or lookup(epoch, needing, first) != WORD_NONE):
+        if is_claimed(epoch.geometry, first) and not lazy_recorded(epoch.geometry, first) and (
+                needing == NULL or lookup(epoch, needing, first) != WORD_NONE):
             # Outside every `copy`, or all broken, and neither ever goes back; or in a store already. When the claim is to be
             # had, it is settled, so that the next write there costs nothing; when not, nothing is worth waiting for.
+            # Except where a discard is recorded: it may be being carried out just now, and the write must come after it (lazy.pyx).
             first += 1
             continue
         round_end = end if end - first < limit else first + limit
@@ -213,7 +233,7 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
     copy.count = end - first
     copy.bounce = NULL
     snap = select(epoch, &copy, settle)
-    release_others(epoch, &copy, settle)
+    release_others(state, epoch, &copy, settle)
     if copy.items_count == 0 and next_unsettled(epoch.settled, first, first + 1) == first:
         # Only neighbours that need nothing were free; trying again at once would spin, without any limit.
         return wait_for_claim(state, ticket, first, started_ns)
@@ -235,7 +255,7 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
             snap_break(state, snap, copy.why, 0 if copy.why == WHY_FULL else -code, copy.error_offset)
             return give_up(geometry, &copy, first, end, ticket)
         publish(&copy)
-        settle_and_release(epoch, &copy)
+        settle_and_release(state, epoch, &copy)
     return GO_ON
 
 
@@ -249,15 +269,20 @@ cdef int wait_for_claim(EngineState state, Ticket *ticket, int64_t first, int64_
     """Somebody else holds the claims: leave the epoch, wait, start over. Nothing is held or counted during the wait."""
     cdef Geometry *geometry = ticket.epoch.geometry
     cdef Snap *snap = newest_needing(ticket.epoch, first)
-    if snap == NULL:
+    if snap == NULL and not lazy_recorded(geometry, first):
         return GO_ON            # it broke just now: the caller looks again
     geometry_ref(geometry)
-    snap_ref(snap)
     add_relaxed(&ticket.line.waits, 1)
-    leave(ticket[0])
-    if claim_wait(geometry, first, 1, started_ns + snap.cbw_timeout_ns) == -ETIMEDOUT:
-        snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
-    snap_unref(snap)
+    if snap == NULL:
+        # A discard is being carried out: the guest's own request, and its write must come after it.
+        leave(ticket[0])
+        claim_wait(geometry, first, 1, now_ns() + CARRY_OUT_WAIT_NS)
+    else:
+        snap_ref(snap)
+        leave(ticket[0])
+        if claim_wait(geometry, first, 1, started_ns + snap.cbw_timeout_ns) == -ETIMEDOUT:
+            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
+        snap_unref(snap)
     geometry_unref(geometry)
     return START_OVER
 
@@ -297,7 +322,7 @@ cdef Snap *select(Epoch *epoch, Copy *copy, uint64_t *settle) noexcept nogil:
     return snap
 
 
-cdef void release_others(Epoch *epoch, Copy *copy, const uint64_t *settle) noexcept nogil:
+cdef void release_others(EngineState state, Epoch *epoch, Copy *copy, const uint64_t *settle) noexcept nogil:
     """Keep the claims of the items only, so that what is held over I/O is what is copied; settle what needs nothing."""
     cdef uint64_t others[ROUND_WORDS]
     cdef int64_t base = copy.first // 64
@@ -314,6 +339,7 @@ cdef void release_others(Epoch *epoch, Copy *copy, const uint64_t *settle) noexc
         others[w] &= ~copy.got[w]
         any_other |= others[w]
         if settle[w]:
+            lazy_cancel(state, copy.geometry, base + w, settle[w])
             or_seq(epoch.settled + base + w, settle[w])
     if any_other:
         claim_release(copy.geometry, others, copy.first, copy.count)
@@ -392,10 +418,11 @@ cdef void publish(Copy *copy) noexcept nogil:
     add_relaxed(&snap.preserved_zero, zeroes)
 
 
-cdef void settle_and_release(Epoch *epoch, Copy *copy) noexcept nogil:
+cdef void settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:
     cdef int64_t base = copy.first // 64
     cdef int64_t w
     for w in range((copy.first + copy.count + 63) // 64 - base):
         if copy.got[w]:
+            lazy_cancel(state, copy.geometry, base + w, copy.got[w])     # then `settled` (R6)
             or_seq(epoch.settled + base + w, copy.got[w])
     claim_release(copy.geometry, copy.got, copy.first, copy.count)

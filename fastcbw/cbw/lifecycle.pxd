@@ -19,5 +19,7 @@ cdef struct Creation:
 cdef void creations_flip(Creation *creations, int count) noexcept nogil         # the instant, the same for all
 cdef void creation_finish(Creation *creation) noexcept nogil                    # the view is constant when it returns
 cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil    # DELETED or BROKEN; hands over, frees, unlinks
+# Ends the epoch that waits for recorded discards without a snapshot. False: not all are carried out yet.
+cdef bint end_lingering(EngineState state) noexcept nogil
 cdef int find_store_index(EngineState state) noexcept nogil                     # or -1
 cdef uint64_t sweep_stores(EngineState state) noexcept nogil                    # frees what can go; a bit per index freed

@@ -15,6 +15,9 @@ End. `dead` first: readers get errors. Flip to an epoch that does not preserve f
 more. Then, cluster by cluster under the claim, hand each word to the next older snapshot that needs the cluster and has
 nothing for it (destination first, so that a look-up never misses it), or drop it. Only then stop marking its `changed`
 (flip, drain), give the marks to the next older one, unlink it from the chain (flip, drain), free it.
+
+What only the last snapshot kept from being discarded is carried out after it by the keeper (lazy.pyx). Until then the epoch keeps
+`settled`, with zeroes there, and the geometry, but no snapshot: it lingers. A snapshot taken meanwhile takes the records over.
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -24,7 +27,8 @@ from fastcbw.bitmaps.mapping cimport unmap_pages
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
                                  word_tag)
 from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
-                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, summary_set)
+                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_ref, snap_unref,
+                                summary_set, wake_keeper)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
 from fastcbw.kernels.atomic cimport cas_seq, load_seq, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic
@@ -82,8 +86,13 @@ cdef void finish(EngineState state, Creation *creation) noexcept nogil:
     if creation.frozen != NULL:
         dirty_convert(&creation.snap.within, creation.snap.geometry.cluster_bits, &creation.frozen.bits, creation.frozen.shift)
         store_release(&creation.snap.within_set, 1)
+        if load_seq(&creation.snap.geometry.lazy_count):
+            wake_keeper(state)          # discards were recorded for it, and it does not need all of them any more
     if old_settled != NULL:
         unmap_pages(old_settled, bitmap_bytes(creation.snap.geometry.clusters))
+    if state.lingering != NULL:
+        snap_unref(state.lingering)         # nobody marks its `changed` any more
+        state.lingering = NULL
 
 
 cdef int position_of(Snap **list, int count, Snap *snap) noexcept nogil:
@@ -129,16 +138,42 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
 
     epoch = next_epoch(state)
     epoch.chain_count = without(epoch.chain, epoch.chain_count, snap)
-    if epoch.chain_count == 0:
-        settled = epoch.settled
-        epoch.geometry = NULL
-        epoch.settled = NULL
-        epoch.changed.words = NULL
-        epoch.changed.summary = NULL
+    if epoch.chain_count == 0 and load_seq(&epoch.geometry.lazy_count) != 0:
+        snap_ref(snap)          # nobody records any more, but until all is carried out writes must come by (lazy.pyx)
+        state.lingering = snap
+    elif epoch.chain_count == 0:
+        settled = epoch_empty(epoch)
     drain(state, flip(state))
     if settled != NULL:
         unmap_pages(settled, bitmap_bytes(snap.geometry.clusters))
     snap.store.retired = True
+
+
+cdef uint64_t *epoch_empty(Epoch *epoch) noexcept nogil:
+    """Make it an epoch of a disk without snapshots; return its `settled`, to be unmapped when the epoch before is drained."""
+    cdef uint64_t *settled = epoch.settled
+    epoch.geometry = NULL
+    epoch.settled = NULL
+    epoch.changed.words = NULL
+    epoch.changed.summary = NULL
+    return settled
+
+
+cdef bint end_lingering(EngineState state) noexcept nogil:
+    cdef Epoch *epoch
+    cdef uint64_t *settled
+    cdef Snap *snap = state.lingering
+    if snap == NULL:
+        return True
+    if load_seq(&snap.geometry.lazy_count) != 0:
+        return False
+    epoch = next_epoch(state)
+    settled = epoch_empty(epoch)
+    drain(state, flip(state))
+    unmap_pages(settled, bitmap_bytes(snap.geometry.clusters))
+    state.lingering = NULL
+    snap_unref(snap)
+    return True
 
 
 cdef void hand_over(EngineState state, Snap *snap) noexcept nogil:

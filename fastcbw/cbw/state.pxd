@@ -11,7 +11,7 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport LatencyTable
 from fastcbw.cbw.locmap cimport LocationMap
 from fastcbw.cbw.store cimport Store
-from fastcbw.kernels.atomic cimport sub_seq
+from fastcbw.kernels.atomic cimport load_acquire, load_relaxed, sub_seq
 from fastcbw.kernels.sparse cimport sparse_bits
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
@@ -41,7 +41,9 @@ cdef struct Geometry:
     uint64_t refs               # atomic
     int cluster_bits            # log2 of the cluster size
     int64_t clusters            # of the disk; the last may be partial
-    uint64_t *claims            # bit per cluster (atomic); the only right to change a word, `settled`, `copy` of c
+    uint64_t *claims            # bit per cluster (atomic); the only right to change a word, `settled`, `copy`, `lazy` of c
+    sparse_bits lazy            # recorded guest discards, see lazy.pyx (claim): R6, a recorded cluster is not settled; with summary
+    uint64_t lazy_count         # how many are recorded (atomic)
     uint64_t waiters            # threads that wait for a claim (atomic): nobody, nothing to wake
     pthread_mutex_t mutex[STRIPES]
     pthread_cond_t cond[STRIPES]
@@ -109,7 +111,13 @@ cdef class EngineState:
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
     cdef Store *stores[64]      # by the number in location words (control; read while counted)
-    cdef int broken_fd          # eventfd, written when a snapshot breaks: the keeper waits for it
+    cdef int broken_fd          # eventfd, written when the keeper has something to do: a snapshot broke, discards are to be carried out
+    cdef Snap *lingering        # no snapshot lives, but recorded discards are not carried out yet: the last one, whose `changed` is marked
+                                # until they are (control; one reference)
+    cdef uint64_t lazy_recorded # bytes of guest discards recorded, cancelled by a write, carried out, dropped because the disk
+    cdef uint64_t lazy_cancelled        # failed them (atomic counters)
+    cdef uint64_t lazy_carried_out
+    cdef uint64_t lazy_failed
     cdef bint forked            # we are the child of a fork: the threads and the disk are the parent's
     cdef object workers         # cbw.worker.CopyPool, set by the Engine
     cdef object bitmaps         # cbw.dirty.DirtyBitmaps: they own the words that epochs name; set by the Engine
@@ -159,3 +167,12 @@ cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil         # ac
 # How far first..end is alike, all inside `copy` (*inside) or all outside, at least one cluster; in time that follows what is marked.
 # Neighbours outside may come as several runs.
 cdef int64_t copy_run(const Snap *snap, int64_t first, int64_t end, bint *inside) noexcept nogil
+
+# By bitmap word: of the clusters AMONG of word W ...
+cdef inline uint64_t copy_word(const Snap *snap, int64_t w) noexcept nogil:          # those in `copy`: acquire
+    cdef uint64_t given_up = load_acquire(snap.not_copy.words + w)
+    return ~given_up & load_relaxed(snap.within.words + w) if load_acquire(&snap.within_set) else ~given_up
+
+cdef uint64_t wanted_word(const Epoch *epoch, int64_t w, uint64_t among) noexcept nogil     # those that a live snapshot has in `copy`
+cdef uint64_t needed_word(const Epoch *epoch, int64_t w, uint64_t among) noexcept nogil     # of them, those that no store holds yet
+cdef void wake_keeper(EngineState state) noexcept nogil

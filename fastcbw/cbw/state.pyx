@@ -23,7 +23,8 @@ from fastcbw.bitmaps.dirty cimport dirty_mark
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport latency_free, latency_init
-from fastcbw.cbw.locmap cimport (WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, word_tag)
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, map_leaf,
+                                 word_tag)
 from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
@@ -65,6 +66,8 @@ cdef class EngineState:
         if self.lines != NULL:
             unmap_pages(self.lines, LINES * sizeof(Line))
         latency_free(&self.latency, LINES)
+        if self.lingering != NULL:
+            snap_unref(self.lingering)
         for i in range(64):
             if self.stores[i] != NULL:
                 store_free(self.stores[i])
@@ -202,13 +205,23 @@ cdef Geometry *geometry_new(int64_t length, int cluster_bits) noexcept nogil:
     geometry.cluster_bits = cluster_bits
     geometry.clusters = (length + ((<int64_t>1) << cluster_bits) - 1) >> cluster_bits
     geometry.claims = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
-    if geometry.claims == NULL:
-        free(geometry)
+    geometry.lazy.length = geometry.clusters
+    geometry.lazy.words = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
+    geometry.lazy.summary = <uint64_t *>map_pages(bitmap_bytes(summary_bits(geometry.clusters)))
+    if geometry.claims == NULL or geometry.lazy.words == NULL or geometry.lazy.summary == NULL:
+        geometry_unmap(geometry)
         return NULL
     for i in range(STRIPES):
         pthread_mutex_init(&geometry.mutex[i], NULL)
         cond_init(&geometry.cond[i])
     return geometry
+
+
+cdef void geometry_unmap(Geometry *geometry) noexcept nogil:
+    unmap_bitmap(geometry.claims, bitmap_bytes(geometry.clusters))
+    unmap_bitmap(geometry.lazy.words, bitmap_bytes(geometry.clusters))
+    unmap_bitmap(geometry.lazy.summary, bitmap_bytes(summary_bits(geometry.clusters)))
+    free(geometry)
 
 
 cdef void geometry_ref(Geometry *geometry) noexcept nogil:
@@ -219,11 +232,10 @@ cdef void geometry_unref(Geometry *geometry) noexcept nogil:
     cdef int i
     if sub_seq(&geometry.refs, 1) != 1:
         return
-    unmap_pages(geometry.claims, bitmap_bytes(geometry.clusters))
     for i in range(STRIPES):
         pthread_mutex_destroy(&geometry.mutex[i])
         pthread_cond_destroy(&geometry.cond[i])
-    free(geometry)
+    geometry_unmap(geometry)
 
 
 cdef inline int stripe_of(int64_t cluster) noexcept nogil:
@@ -381,6 +393,47 @@ cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil:
     return NULL
 
 
+cdef uint64_t wanted_word(const Epoch *epoch, int64_t w, uint64_t among) noexcept nogil:
+    cdef uint64_t wanted = 0
+    cdef int i
+    for i in range(epoch.need_count):
+        if load_seq(&(<Snap *>epoch.need[i]).dead) == ALIVE:
+            wanted |= copy_word(epoch.need[i], w)
+    return wanted & among
+
+
+cdef uint64_t held_word(const Epoch *epoch, Snap *snap, int64_t w) noexcept nogil:
+    """Those of bitmap word W whose data for SNAP is in a store: lookup() for 64 neighbours, in the same order."""
+    cdef const uint64_t *leaf
+    cdef uint64_t held = 0
+    cdef int i, j
+    for i in range(epoch.chain_count):
+        leaf = map_leaf(&(<Snap *>epoch.chain[i]).map, w * 64)
+        if leaf != NULL:
+            for j in range(LEAF_CLUSTERS):
+                if load_acquire(leaf + j):
+                    held |= (<uint64_t>1) << j
+        if epoch.chain[i] == snap:
+            break
+    return held
+
+
+cdef uint64_t needed_word(const Epoch *epoch, int64_t w, uint64_t among) noexcept nogil:
+    """need() of PROTOCOL for 64 neighbours: the newest snapshot that has the cluster in `copy` decides."""
+    cdef uint64_t needed = 0, its
+    cdef int i
+    for i in range(epoch.need_count):
+        if among == 0:
+            break
+        if load_seq(&(<Snap *>epoch.need[i]).dead) != ALIVE:
+            continue
+        its = among & copy_word(epoch.need[i], w)
+        if its:
+            needed |= its & ~held_word(epoch, epoch.need[i], w)
+            among ^= its
+    return needed
+
+
 cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
     """Where the data of CLUSTER for SNAP is: in the store of the nearest snapshot at or after it that has it, or nowhere.
 
@@ -406,6 +459,10 @@ cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int6
         store_relaxed(&snap.broken_errno, <uint64_t>code)
         store_relaxed(&snap.broken_offset, <uint64_t>offset)
     cas_seq(&snap.dead, ALIVE, BROKEN)
+    wake_keeper(state)
+
+
+cdef void wake_keeper(EngineState state) noexcept nogil:
     write(state.broken_fd, &ONE, 8)
 
 

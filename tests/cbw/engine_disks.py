@@ -1,5 +1,6 @@
-"""Disks for engines to sit on, and a wait for what another thread does by itself."""
+"""Disks for engines to sit on, calls in threads of their own, and a wait for what another thread does by itself."""
 
+import threading
 import time
 
 from fastcbw.block.file import FileDevice
@@ -22,6 +23,28 @@ class Bytes(Device):
 
     def discard(self, offset, length):
         self.data[offset : offset + length] = bytes(length)
+
+
+class Task(threading.Thread):
+    """A call in a thread of its own, with its outcome."""
+
+    def __init__(self, function, *arguments, **keywords):
+        super().__init__(daemon=True)
+        self.function, self.arguments, self.keywords = function, arguments, keywords
+        self.start()
+
+    def run(self):
+        try:
+            self.value, self.error = self.function(*self.arguments, **self.keywords), None
+        except BaseException as error:
+            self.value, self.error = None, error
+
+    def result(self):
+        self.join(20)
+        assert not self.is_alive(), "it hangs"
+        if self.error is not None:
+            raise self.error
+        return self.value
 
 
 def wait_until(condition, seconds=10):

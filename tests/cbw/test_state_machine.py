@@ -63,20 +63,41 @@ class EngineMachine(RuleBasedStateMachine):
         # No two neighbouring sectors alike, so that data of a wrong place shows.
         content = bytes((byte + i // 512) % 256 for i in range(0, length, 512))
         content = (b"".join(bytes([b]) * 512 for b in content))[:length] if byte else bytes(length)
-        self.disk.write(offset, content)
-        self.model.write(offset, content)
+        self.change(lambda: self.disk.write(offset, content), lambda: self.model.write(offset, content), offset, length)
 
     @rule(data=st.data())
     def write_zeroes(self, data):
         offset, length = self.span(data)
-        self.disk.write_zeroes(offset, length)
-        self.model.write_zeroes(offset, length)
+        self.change(lambda: self.disk.write_zeroes(offset, length), lambda: self.model.write_zeroes(offset, length), offset, length)
+
+    def change(self, ours, models, offset, length):
+        """A write may give up snapshots, and meet the keeper, which carries discards out: of recorded clusters that it
+        overwrites in part the other part is as before or zeroes, and marked or not."""
+        live, size = len(self.model.live), self.model.recorded_size
+        ends = {offset // size, (offset + length - 1) // size} & self.model.recorded if size else set()
+        ours()
+        models()
+        self.finish_discards()
+        if len(self.model.live) < live:
+            for cluster in ends:
+                for begin, end in ((cluster * size, offset), (offset + length, min((cluster + 1) * size, self.length))):
+                    if begin < end:
+                        self.model.learn(begin, self.disk.read(begin, end - begin))
+                for name, plain in self.model.bitmaps.items():
+                    units = range(cluster * size // plain.granularity, (min((cluster + 1) * size, self.length) - 1) // plain.granularity + 1)
+                    plain.marked |= set(units) & set(np.flatnonzero(self.engine.bitmaps.named[name].view().to_bools()).tolist())
 
     @rule(data=st.data())
     def discard(self, data):
         offset, length = self.span(data)
         self.disk.discard(offset, length)
-        self.model.discard(offset, length)
+        for begin, end in self.model.discard(offset, length):
+            self.model.learn(begin, self.disk.read(begin, end - begin))
+
+    def finish_discards(self):
+        """After whatever ends a snapshot, so that the model knows what is on the disk; the keeper is at the same work."""
+        self.engine.finish_discards()
+        self.model.finish_discards()
 
     # -- snapshots
 
@@ -149,6 +170,7 @@ class EngineMachine(RuleBasedStateMachine):
         view = self.views.pop(name)
         self.engine.delete(name)
         self.model.delete(name)
+        self.finish_discards()
         with pytest.raises(ValueError, match="closed"):
             view.read(0, 1)
 
@@ -158,6 +180,7 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([snapshot.name for snapshot in self.model.live]))
         self.engine.break_snapshot(name)
         self.model.break_snapshot(name)
+        self.finish_discards()
 
     @precondition(lambda self: self.views)
     @rule(data=st.data())
@@ -213,6 +236,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def guest_reads_what_it_wrote(self):
+        assert self.engine.counters()["lazy_bytes"] == len(self.model.recorded) * (self.model.cluster_size or 0)
         assert self.disk.read(0, self.length) == self.model.data
 
     @invariant()
@@ -258,6 +282,9 @@ class EngineMachine(RuleBasedStateMachine):
         for name in list(self.views):
             self.engine.delete(name)
         assert self.engine.cluster_size is None
+        for name in list(self.model.snapshots):
+            self.model.delete(name)
+        self.finish_discards()
         # Nothing is left of any of them: a snapshot starts empty, and the disk is what it was.
         view = self.engine.snapshot("last", ram="4M")
         assert self.engine.report("last")["ram_bytes"] == 0

@@ -68,6 +68,9 @@ class PlainDisk:
         self.snapshots: dict[str, PlainSnapshot] = {}
         self.bitmaps: dict[str, PlainBitmap] = {}
         self.cluster_size: int | None = None
+        # Clusters, of recorded_size, that the guest discarded while a snapshot needed them.
+        self.recorded: set[int] = set()
+        self.recorded_size = 0
 
     # -- the guest
 
@@ -75,22 +78,66 @@ class PlainDisk:
         return bytes(self.data[offset : offset + length])
 
     def write(self, offset: int, data: bytes) -> None:
+        if self.recorded:       # cancelled there
+            self.recorded -= set(range(offset // self.recorded_size, -(-(offset + len(data)) // self.recorded_size)))
         self._preserve(offset, len(data))
         self.data[offset : offset + len(data)] = data
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self.write(offset, bytes(length))
 
-    def discard(self, offset: int, length: int) -> None:
-        """As on a device whose discarded bytes read as zeroes."""
-        self.write(offset, bytes(length))
+    def discard(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """On a device whose discarded bytes read as zeroes. Nothing is preserved: what a snapshot needs stays, recorded.
+
+        Return the ranges of which nothing is known but that they read as before or as zeroes (learn() then): parts of clusters.
+        """
+        end = offset + length
+        self._mark(offset, length)
+        if not self.live:
+            self.data[offset:end] = bytes(length)
+            return []
+        size = self.cluster_size
+        whole = range(-(-offset // size), -(-end // size) if end == self.length else end // size)
+        for cluster in whole:
+            if self._needing(cluster) is not None:
+                self.recorded.add(cluster)
+            else:
+                self._zero(cluster * size, (cluster + 1) * size)
+                self.recorded.discard(cluster)
+        body = (whole.start * size, min(whole.stop * size, end))
+        parts = [(offset, end)] if body[0] >= body[1] else [(offset, body[0]), body[1:] + (end,)]
+        return [part for part in parts if part[0] < part[1]]
+
+    def finish_discards(self) -> None:
+        """Carry out what is recorded and in no live snapshot; every bitmap is marked again."""
+        size = self.recorded_size
+        for cluster in list(self.recorded):
+            if not any(snapshot.has(cluster) for snapshot in self.live):
+                self.recorded.discard(cluster)
+                self._mark(cluster * size, min(size, self.length - cluster * size))
+                self._zero(cluster * size, (cluster + 1) * size)
+
+    def learn(self, offset: int, content: bytes) -> None:
+        """CONTENT was read at OFFSET, where it is known that it is as before or zeroes."""
+        end = offset + len(content)
+        assert content == self.data[offset:end] or not any(content), f"neither old data nor zeroes at {offset}"
+        self.data[offset:end] = content
+
+    def _mark(self, offset: int, length: int) -> None:
+        for bitmap in self.bitmaps.values():
+            if bitmap.enabled:
+                bitmap.mark(offset, length)
+
+    def _zero(self, begin: int, end: int) -> None:
+        end = min(end, self.length)
+        self.data[begin:end] = bytes(end - begin)
 
     # -- snapshots
 
     def snapshot(self, name: str, *, cluster_size: int, capacity: int, bitmap: str | None = None, new_bitmap: str | None = None,
                  new_bitmap_granularity: int | None = None) -> PlainSnapshot:
         """capacity: clusters that both tiers together can hold."""
-        self.cluster_size = cluster_size
+        self.cluster_size = self.recorded_size = cluster_size
         copy = None if bitmap is None else frozenset(self.bitmaps[bitmap].in_units(cluster_size, self.length))
         self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy)
         if new_bitmap is not None:
@@ -133,9 +180,7 @@ class PlainDisk:
         Clusters go in groups, one for each snapshot that needs some, in the order of the first cluster of each.
         """
         size = self.cluster_size or 1
-        for bitmap in self.bitmaps.values():
-            if bitmap.enabled:
-                bitmap.mark(offset, length)
+        self._mark(offset, length)
         asked = range(offset // size, -(-(offset + length) // size)) if length and self.live else ()
         while missing := [(self._needing(c), c) for c in asked if self._needing(c) is not None]:
             newest = missing[0][0]
