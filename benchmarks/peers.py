@@ -1,4 +1,6 @@
-"""The NBD servers that are compared: ours, qemu-storage-daemon, nbdkit. Each is started on an image, as its users would.
+"""The NBD servers that are compared: ours, qemu-storage-daemon, nbdkit; and fio and nbdcopy, which load them.
+
+Each server is started on an image, as its users would.
 
 A peer's class says what it is (`name`, `version`) and with which settings it runs (`settings`), so that a row of figures
 can state both sides in full. start() returns when the server answers; stop() ends the process it started, by pid.
@@ -13,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+
+from fastcbw.qmp.client import QmpClient
 
 
 class Missing(Exception):
@@ -88,6 +92,10 @@ class Peer:
     def pid(self) -> int:
         return self.process.pid
 
+    def qmp(self) -> QmpClient:
+        """A QMP client of the server; the caller closes it."""
+        return QmpClient(self.socket + ".qmp", timeout=120)
+
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
@@ -113,12 +121,16 @@ class Ours(Peer):
     name = "fastcbw"
     program = "fastcbw"
     package = "fastcbw"
+    snapshot_export = "disk@s"
 
-    def __init__(self, image: str, folder: str, cpu: int | None = None, snapshot: dict | None = None, extra: list[str] = ()):
+    def __init__(self, image: str, folder: str, cpu: int | None = None, snapshot: dict | None = None, *, direct: bool = False,
+                 spin: str | None = None):
         super().__init__(image, folder, cpu)
         self.snapshot = snapshot
-        self.extra = list(extra)
-        self.settings = {"cache": "buffered", "durability": "none", "snapshot": snapshot, "options": self.extra}
+        self.extra = ["--direct"] * direct + (["--spin", spin] if spin else [])
+        cluster = None if snapshot is None else snapshot.get("cluster_size", "4K (default)")
+        self.settings = {"cache": "direct" if direct else "buffered", "durability": "none", "cluster": cluster,
+                         "ram": None if snapshot is None else snapshot.get("ram"), "spin": spin or "off"}
 
     @classmethod
     def find(cls) -> str:
@@ -140,64 +152,114 @@ class Ours(Peer):
 
 
 class Qemu(Peer):
-    """qemu-storage-daemon; with a target, copy-before-write is on the disk and snapshot-access is the export `snap`."""
+    """qemu-storage-daemon; with a target, copy-before-write is on the disk and snapshot-access is the export `snap`.
+
+    layers: that many copy-before-write filters, one on the other, the target's name with a number.
+    """
 
     name = "qemu"
     program = "qemu-storage-daemon"
     package = "qemu-system-common"
+    snapshot_export = "snap"
 
-    def __init__(self, image: str, folder: str, cpu: int | None = None, target: str | None = None, cluster: int | None = None):
+    def __init__(self, image: str, folder: str, cpu: int | None = None, target: str | None = None, *, direct: bool = False,
+                 layers: int = 1):
         super().__init__(image, folder, cpu)
         self.target = target
-        self.cluster = cluster
-        self.settings = {"cache": "writeback", "durability": "none", "aio": "threads", "target": bool(target),
-                         "cluster_size": 65536 if target else None}
+        self.layers = layers if target else 0
+        self.direct = direct
+        self.settings = {"cache": "direct, io_uring" if direct else "writeback, threads", "durability": "none",
+                         "cluster": "64K" if target else None}
+
+    def file(self, name: str, path: str) -> list[str]:
+        options = f"driver=file,node-name={name},filename={path},discard=unmap"
+        return ["--blockdev", options + (",cache.direct=on,aio=io_uring" if self.direct else "")]
 
     def command(self) -> list[str]:
-        words = [self.find(), "--blockdev", f"driver=file,node-name=file,filename={self.image}",
-                 "--blockdev", "driver=raw,node-name=disk,file=file"]
+        words = [self.find(), "--chardev", f"socket,id=qmp,path={self.socket}.qmp,server=on,wait=off", "--monitor", "chardev=qmp"]
+        words += [*self.file("file", self.image), "--blockdev", "driver=raw,node-name=disk,file=file,discard=unmap"]
         node = "disk"
-        if self.target:
-            words += ["--blockdev", f"driver=file,node-name=tfile,filename={self.target}",
-                      "--blockdev", "driver=raw,node-name=target,file=tfile",
-                      "--blockdev", "driver=copy-before-write,node-name=cbw,file=disk,target=target",
-                      "--blockdev", "driver=snapshot-access,node-name=snap,file=cbw"]
-            node = "cbw"
+        for i in range(self.layers):
+            words += [*self.file(f"tfile{i}", self.target + (str(i) if i else "")),
+                      "--blockdev", f"driver=raw,node-name=target{i},file=tfile{i}",
+                      "--blockdev", f"driver=copy-before-write,node-name=cbw{i},file={node},target=target{i}",
+                      "--blockdev", f"driver=snapshot-access,node-name=snap{i},file=cbw{i}"]
+            node = f"cbw{i}"
         words += ["--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=16",
                   "--export", f"type=nbd,id=disk,node-name={node},name=disk,writable=on"]
-        if self.target:
-            words += ["--export", "type=nbd,id=snap,node-name=snap,name=snap"]
+        if self.layers:
+            words += ["--export", "type=nbd,id=snap,node-name=snap0,name=snap"]
         return words
 
 
 class Nbdkit(Peer):
-    """nbdkit's file plugin."""
+    """nbdkit's file plugin. filters: words before the plugin's, options after it: a slow target is made so."""
 
     name = "nbdkit"
     program = "nbdkit"
     package = "nbdkit"
 
-    def __init__(self, image: str, folder: str, cpu: int | None = None):
+    def __init__(self, image: str, folder: str, cpu: int | None = None, *, name: str | None = None, filters: list[str] = (),
+                 options: list[str] = ()):
+        self.name = name or self.name
         super().__init__(image, folder, cpu)
-        self.settings = {"cache": "default", "durability": "none"}
+        self.filters = [f"--filter={word}" for word in filters]
+        self.options = list(options)
+        self.settings = {"cache": "default", "durability": "none", "filters": list(filters), "options": self.options}
 
     def command(self) -> list[str]:
-        return [self.find(), "-f", "-U", self.socket, "file", self.image]
+        return [self.find(), "-f", "-U", self.socket, *self.filters, "file", self.image, *self.options]
 
 
-def fio(uri: str, *, cpu: int | None, rw: str, bs: str, depth: int, extra: list[str] = ()) -> dict:
-    """Run fio's nbd engine against URI; return iops, p50_us, p99_us, p999_us of the only kind of request that RW makes."""
-    path = shutil.which("fio")
+def program(name: str, package: str) -> str:
+    path = shutil.which(name)
     if path is None:
-        raise Missing("fio is not installed (apt install fio)")
-    pin = [] if cpu is None else ["taskset", "-c", str(cpu)]
-    words = pin + [path, "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
-                   "--randseed=20240229", "--output-format=json", *extra]
+        raise Missing(f"{name} is not installed (apt install {package})")
+    return path
+
+
+class Fio:
+    """fio's nbd engine against URI, begun now. finish() waits for it and returns iops, p50_us, p99_us, p999_us.
+
+    seconds: how long; None: as many requests as EXTRA says. rate: requests a second to ask for, None: all it can.
+    """
+
+    def __init__(self, uri: str, *, cpu: int | None, rw: str, bs: str, depth: int, seconds: float | None = None,
+                 rate: int | None = None, extra: list[str] = ()):
+        words = [] if cpu is None else ["taskset", "-c", str(cpu)]
+        words += [program("fio", "fio"), "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
+                  "--randseed=20240229", "--output-format=json", *extra]
+        if seconds is not None:
+            words += ["--time_based", f"--runtime={seconds}"]
+        if rate is not None:
+            words += [f"--rate_iops={rate}"]
+        self.side = "write" if "write" in rw else "read"
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def finish(self) -> dict:
+        output, errors = self.process.communicate()
+        if self.process.returncode != 0:
+            raise RuntimeError(f"fio failed: {errors or output}")
+        side = json.loads(output[output.index("{"):])["jobs"][0][self.side]
+        percentile = side["clat_ns"]["percentile"]
+        return {"iops": side["iops"], "p50_us": percentile["50.000000"] / 1000, "p99_us": percentile["99.000000"] / 1000,
+                "p999_us": percentile["99.900000"] / 1000}
+
+
+def fio(uri: str, **words) -> dict:
+    """Run Fio to its end."""
+    return Fio(uri, **words).finish()
+
+
+def nbdcopy(uri: str, *, cpu: int | None, connections: int, to: str = "null:") -> float:
+    """Copy all of URI; return seconds."""
+    words = [] if cpu is None else ["taskset", "-c", str(cpu)]
+    words += [program("nbdcopy", "libnbd-bin"), f"--connections={connections}", uri, to]
+    began = time.perf_counter()
     run = subprocess.run(words, capture_output=True, text=True)
     if run.returncode != 0:
-        raise RuntimeError(f"fio failed: {run.stderr or run.stdout}")
-    job = json.loads(run.stdout[run.stdout.index("{"):])["jobs"][0]
-    side = job["write"] if "write" in rw else job["read"]
-    percentile = side["clat_ns"]["percentile"]
-    return {"iops": side["iops"], "p50_us": percentile["50.000000"] / 1000, "p99_us": percentile["99.000000"] / 1000,
-            "p999_us": percentile["99.900000"] / 1000}
+        raise RuntimeError(f"nbdcopy failed: {run.stderr}")
+    return time.perf_counter() - began

@@ -1,137 +1,96 @@
-"""Measure the server beside qemu-storage-daemon and nbdkit, in one interleaved run, with fio.
+"""Measure the server beside qemu-storage-daemon and nbdkit, in one interleaved run, with fio and nbdcopy.
 
-    python benchmarks/versus.py                          every row, 5 rounds, pinned (server on core 0, fio on core 1)
+    python benchmarks/versus.py                          every row, 5 rounds, pinned (server on core 0, load on core 1)
     python benchmarks/versus.py --rows write first --rounds 3 --unpinned
+    python benchmarks/versus.py --repeat 3               each row three times; a goal is met when it is met each time
     python benchmarks/versus.py --size smoke             seconds instead of minutes; shows that it runs, not how fast
 
-Each round runs every server once, in an order that turns from round to round; a ratio is taken within a round, and the
-median of the ratios is printed with their range. docs/benchmarking.md says how to read it.
+Each round measures every side once, in an order that turns from round to round; a ratio is taken within a round, and the
+median of the ratios is printed with their range, and the goal beside it. docs/benchmarking.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
-import shutil
-import statistics
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from peers import Missing, Nbdkit, Ours, Qemu, fio  # noqa: E402
+from peers import Missing, Nbdkit, Ours, Qemu  # noqa: E402
+from rows import Bench, Row, guest, middle, pull, push, snapshots  # noqa: E402
 
-SIZES = {"full": {"image": 2 << 30, "seconds": 4, "touches": 30000}, "smoke": {"image": 64 << 20, "seconds": 1, "touches": 500}}
-
-
-class Bench:
-    """One run: the folder, the image, the rows."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        self.size = SIZES[arguments.size]
-        self.pins = (None, None) if arguments.unpinned else (0, 1)
-        self.folder = tempfile.mkdtemp(prefix="fastcbw-versus-", dir=arguments.folder)
-        self.image = os.path.join(self.folder, "disk.img")
-        self.target = os.path.join(self.folder, "target.img")
-        self.rounds = arguments.rounds
-        self.results: list[dict] = []
-
-    def fill_image(self) -> None:
-        """Data that is neither zero nor compressible, so that nothing is skipped for being a hole."""
-        piece = os.urandom(8 << 20)
-        with open(self.image, "wb") as file:
-            for i in range(self.size["image"] // len(piece)):
-                file.write(i.to_bytes(8, "little") + piece[8:])
-
-    def fresh_target(self) -> str:
-        with open(self.target, "wb") as file:
-            file.truncate(self.size["image"])
-        return self.target
-
-    # -- rows: each returns {server: () -> Peer} and how to load one
-
-    def timed(self, rw: str, bs: str, depth: int):
-        def load(peer):
-            return fio(peer.uri(), cpu=self.pins[1], rw=rw, bs=bs, depth=depth, extra=["--time_based", f"--runtime={self.size['seconds']}"])
-        return load
-
-    def touching(self, bs: str, depth: int, settled: bool = False):
-        """Every write the first in its 64 KiB; with SETTLED the same again, measured the second time."""
-        count = min(self.size["touches"], self.size["image"] // 65536)
-        words = ["--blockalign=64k", f"--number_ios={count}"]
-
-        def load(peer):
-            figures = fio(peer.uri(), cpu=self.pins[1], rw="randwrite", bs=bs, depth=depth, extra=words)
-            return fio(peer.uri(), cpu=self.pins[1], rw="randwrite", bs=bs, depth=depth, extra=words) if settled else figures
-        return load
-
-    def plain(self):
-        cpu = self.pins[0]
-        return {
-            "fastcbw": lambda: Ours(self.image, self.folder, cpu),
-            "qemu": lambda: Qemu(self.image, self.folder, cpu),
-            "nbdkit": lambda: Nbdkit(self.image, self.folder, cpu),
-        }
-
-    def snapshot(self, clusters: str | None = None):
-        cpu = self.pins[0]
-        options = {"ram": "3G"} | ({"cluster_size": clusters} if clusters else {})
-        return {
-            "fastcbw": lambda: Ours(self.image, self.folder, cpu, snapshot=options),
-            "qemu": lambda: Qemu(self.image, self.folder, cpu, target=self.fresh_target()),
-        }
-
-    def settled(self):
-        cpu = self.pins[0]
-        return {
-            "settled": lambda: Ours(self.image, self.folder, cpu, snapshot={"ram": "3G"}),
-            "no snapshot": lambda: Ours(self.image, self.folder, cpu),
-        }
-
-    def rows(self) -> dict[str, tuple]:
-        return {
-            "write 4k qd16": (self.plain(), self.timed("randwrite", "4k", 16)),
-            "write 4k qd1": (self.plain(), self.timed("randwrite", "4k", 1)),
-            "read 4k qd16": (self.plain(), self.timed("randread", "4k", 16)),
-            "write 64k qd16": (self.plain(), self.timed("randwrite", "64k", 16)),
-            "settled 4k qd16": (self.settled(), self.touching("4k", 16, settled=True)),
-            "first touch 4k qd16": (self.snapshot(), self.touching("4k", 16)),
-            "first touch 4k qd1": (self.snapshot(), self.touching("4k", 1)),
-            "first touch 64k qd16": (self.snapshot(), self.touching("64k", 16)),
-            "first touch 4k qd16, both 64K clusters": (self.snapshot("64K"), self.touching("4k", 16)),
-        }
-
-    def run_row(self, name: str, servers: dict, load) -> None:
-        figures: dict[str, list[dict]] = {server: [] for server in servers}
-        settings = {}
-        order = list(servers)
-        for round_number in range(self.rounds):
-            turned = order[round_number % len(order):] + order[:round_number % len(order)]
-            for server in turned:
-                with servers[server]() as peer:
-                    settings[server] = peer.settings
-                    figures[server].append(load(peer) | {"resident": peer.resident_bytes()})
-        self.results.append({"row": name, "figures": figures, "settings": settings})
-        print_row(name, figures)
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder)
+SIZES = {"full": {"image": 2 << 30, "seconds": 4, "touches": 30000}, "smoke": {"image": 32 << 20, "seconds": 0.2, "touches": 200}}
+GROUPS = (guest, pull, push, snapshots)
 
 
-def print_row(name: str, figures: dict[str, list[dict]]) -> None:
-    print(f"\n{name}")
-    ours = next(iter(figures))
-    for server, runs in figures.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        text = (f"  {server:12} {middle['iops']:9.0f} IOPS   p50 {middle['p50_us']:7.0f} us   p99 {middle['p99_us']:7.0f} us"
-                f"   {middle['resident'] / 1048576:6.0f} MiB")
-        if server != ours:
-            ratios = sorted(a["iops"] / b["iops"] for a, b in zip(figures[ours], runs))
-            text += f"   {ours} x {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(text, flush=True)
+def touch_memory(length: int) -> None:
+    """Touch LENGTH bytes of memory and give them back.
+
+    A virtual machine gets its memory from the host when it touches a page for the first time, which takes many times as long as
+    ever after; without this, whoever runs first in a fresh machine pays for the others.
+    """
+    pages = mmap.mmap(-1, length)
+    for offset in range(0, length, mmap.PAGESIZE):
+        pages[offset] = 1
+    pages.close()
+
+
+def measure(row: Row, rounds: int) -> dict:
+    """Run ROUNDS rounds; return figures and settings by side, and the goals with their value in each round."""
+    first = next(iter(row.sides))
+    figures: dict[str, list[dict]] = {side: [] for side in row.sides}
+    settings = {}
+    order = list(row.sides)
+    for number in range(rounds):
+        for side in order[number % len(order):] + order[:number % len(order)]:
+            measured, settings[side] = row.sides[side]()
+            figures[side].append(measured)
+    values = []
+    for number in range(rounds):
+        runs = {side: taken[number] for side, taken in figures.items()}
+        values.append([goal.value(runs, first) for goal in row.goals])
+    return {"figures": figures, "settings": settings, "values": [sorted(column) for column in zip(*values)]}
+
+
+def ours_beside(figures: dict[str, list[dict]]) -> list[str]:
+    """Ratios of the first figure of the first side to those of the others."""
+    first, *others = figures
+    lines = []
+    for side in others:
+        key = next((key for key in figures[first][0] if key in figures[side][0]), None)
+        if key:
+            ratios = sorted(a[key] / b[key] for a, b in zip(figures[first], figures[side]) if b[key])
+            if ratios:
+                lines.append(f"    {key} / {side}: {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    return lines
+
+
+def print_row(row: Row, measured: dict, pinned: bool) -> None:
+    print(f"\n{row.name}")
+    for side, runs in measured["figures"].items():
+        print(f"  {side:22} " + "   ".join(f"{key} {value:.4g}" for key, value in middle(runs).items()))
+        print("    " + ", ".join(f"{key} {value}" for key, value in measured["settings"][side].items() if value is not None))
+    print("\n".join(ours_beside(measured["figures"])))
+    for goal, values in zip(row.goals, measured["values"]):
+        if goal.pinned in (None, pinned):
+            value = values[len(values) // 2]
+            print(f"  goal {goal.text()}: {value:.3g} ({values[0]:.3g} to {values[-1]:.3g}) {'met' if goal.met(value) else 'NOT MET'}")
+    sys.stdout.flush()
+
+
+def verdicts(row: Row, repetitions: list[dict], pinned: bool) -> list[dict]:
+    """Each goal with the median of each repetition; met when it is met in every one."""
+    found = []
+    for i, goal in enumerate(row.goals):
+        if goal.pinned in (None, pinned):
+            medians = [one["values"][i][len(one["values"][i]) // 2] for one in repetitions]
+            found.append({"row": row.name, "goal": goal.text(), "medians": medians, "met": all(map(goal.met, medians))})
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -147,28 +106,48 @@ def versions() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[], help="only rows whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and end")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="measure each row N times in a row; a goal is met when it is each time")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--unpinned", action="store_true")
     parser.add_argument("--folder", default="/dev/shm", help="where the images are (default: tmpfs)")
+    parser.add_argument("--disk-folder", default="/var/tmp", help="where the images of the rows named 'disk' are (default: /var/tmp)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
     peers = versions()
-    bench = Bench(arguments)
+    pinned = not arguments.unpinned
+    bench = Bench(SIZES[arguments.size], pinned, arguments.folder, arguments.disk_folder)
+    taken, goals = [], []
     try:
-        bench.fill_image()
-        where = "unpinned" if arguments.unpinned else "pinned, server on core 0, load on core 1"
+        rows = [row for group in GROUPS for row in group.rows(bench) if not arguments.rows or any(word in row.name for word in arguments.rows)]
+        if arguments.list:
+            print("\n".join(row.name for row in rows))
+            return
+        if not rows:
+            sys.exit(f"versus: --rows: no row has one of {arguments.rows} in its name (--list prints them)")
+        if arguments.size == "full":
+            touch_memory(4 * bench.size["image"])
+        where = "pinned, server on core 0, load on core 1" if pinned else "unpinned"
         print(f"{', '.join(peers.values())}; {where}; image of {bench.size['image'] >> 20} MiB in {arguments.folder}; {arguments.rounds} rounds")
-        for name, (servers, load) in bench.rows().items():
-            if not arguments.rows or any(word in name for word in arguments.rows):
-                bench.run_row(name, servers, load)
+        for row in rows:
+            repetitions = []
+            for _ in range(arguments.repeat):
+                repetitions.append(measure(row, arguments.rounds))
+                print_row(row, repetitions[-1], pinned)
+            taken.append({"row": row.name, "repetitions": repetitions})
+            goals += verdicts(row, repetitions, pinned)
     finally:
         bench.close()
+    if arguments.repeat > 1:
+        print("\n" + "\n".join(f"{'met    ' if goal['met'] else 'NOT MET'} {goal['row']}: {goal['goal']}: "
+                               + ", ".join(f"{value:.3g}" for value in goal["medians"]) for goal in goals))
     if arguments.json:
         host = {"machine": platform.machine(), "kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
         with open(arguments.json, "w") as file:
             json.dump({"when": time.strftime("%FT%TZ", time.gmtime()), "host": host, "versions": peers, "rounds": arguments.rounds,
-                       "size": arguments.size, "pinned": not arguments.unpinned, "folder": arguments.folder, "rows": bench.results}, file, indent=1)
+                       "size": arguments.size, "pinned": pinned, "folder": arguments.folder, "disk_folder": arguments.disk_folder,
+                       "rows": taken, "goals": goals}, file, indent=1)
 
 
 if __name__ == "__main__":
