@@ -6,6 +6,8 @@ from fastcbw.errors import Error
 from fastcbw.qmp.bitmaps import BITMAP_COMMANDS
 from fastcbw.qmp.daemon import Daemon
 from fastcbw.qmp.errors import QmpError
+from fastcbw.qmp.introspection import describe_schema
+from fastcbw.qmp.job_commands import JOB_COMMANDS
 from fastcbw.qmp.node_commands import COMMANDS as NODE_COMMANDS
 from fastcbw.qmp.options import BACKUP_OPTIONS, SNAPSHOT_OPTIONS, Option, refusals
 from fastcbw.qmp.schema import Argument, Command, Schema
@@ -21,38 +23,16 @@ def _query_commands(daemon: Daemon) -> list:
     return [{"name": name} for name in sorted(COMMANDS.commands)]
 
 
+def _query_schema(daemon: Daemon) -> list:
+    return describe_schema(COMMANDS)
+
+
 def _query_version(daemon: Daemon) -> dict:
     return VERSION
 
 
 def _quit(daemon: Daemon) -> None:
     daemon.request_stop("quit")
-
-
-def _query_jobs(daemon: Daemon) -> list:
-    return [record.describe() for record in daemon.jobs.all()]
-
-
-def _job_cancel(daemon: Daemon, id: str) -> None:
-    daemon.jobs.cancel(id)
-
-
-def _job_dismiss(daemon: Daemon, id: str) -> None:
-    daemon.jobs.dismiss(id)
-
-
-def _job_pause(daemon: Daemon, id: str) -> None:
-    daemon.jobs.pause(id, True)
-
-
-def _job_resume(daemon: Daemon, id: str) -> None:
-    daemon.jobs.pause(id, False)
-
-
-def _set_speed(daemon: Daemon, device: str, speed: int) -> None:
-    if speed < 0:
-        raise QmpError("Invalid parameter 'speed'")
-    daemon.jobs.set_speed(device, speed)
 
 
 def _query_block_exports(daemon: Daemon) -> list:
@@ -114,7 +94,6 @@ def _arguments(table: tuple[Option, ...]) -> tuple[Argument, ...]:
     return tuple(Argument(option.name, option.type, option.doc) for option in table)
 
 
-_JOB_ID = Argument("id", "str", "the job", required=True)
 _SNAPSHOT_NAME = Argument("name", "str", "the snapshot", required=True)
 _DISKS = Argument("disks", "strings", "the disks; several: one instant, all or none", required=True)
 
@@ -122,16 +101,9 @@ COMMANDS = Schema([
     Command("qmp_capabilities", "end the negotiation; no other command is answered before", _capabilities,
             (Argument("enable", "strings", "capabilities to enable; there are none"),)),
     Command("query-commands", "the names of all commands", _query_commands),
+    Command("query-qmp-schema", "all commands with their arguments and types", _query_schema),
     Command("query-version", "the QEMU whose interface this follows, and our version", _query_version),
     Command("quit", "end the daemon cleanly", _quit),
-    Command("query-jobs", "all jobs, ended ones until they are dismissed", _query_jobs),
-    Command("job-cancel", "ask a running job to end", _job_cancel, (_JOB_ID,)),
-    Command("job-pause", "let a running job begin nothing more until job-resume", _job_pause, (_JOB_ID,)),
-    Command("job-resume", "let a paused job go on", _job_resume, (_JOB_ID,)),
-    Command("block-job-set-speed", "limit a running job", _set_speed, (
-        Argument("device", "str", "the job", required=True),
-        Argument("speed", "int", "bytes per second; 0: no limit", required=True))),
-    Command("job-dismiss", "forget an ended job", _job_dismiss, (_JOB_ID,)),
     Command("query-block-exports", "all NBD exports", _query_block_exports),
     Command("fastcbw-snapshot-create", "take a snapshot of one disk, or of several at one instant", _snapshot_create,
             (_SNAPSHOT_NAME, _DISKS, *_arguments(SNAPSHOT_OPTIONS))),
@@ -145,6 +117,7 @@ COMMANDS = Schema([
         Argument("job-id", "str", "the job's id (default: job1, job2, ...)"),
         *_arguments(BACKUP_OPTIONS))),
     Command("fastcbw-status", "everything that is known", _status),
+    *JOB_COMMANDS,
     *NODE_COMMANDS,
     *BITMAP_COMMANDS,
 ])

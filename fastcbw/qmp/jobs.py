@@ -16,9 +16,12 @@ JOBS_CONCLUDED_LIMIT = 64
 
 
 class JobRecord:
-    """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display; auto_dismiss: forgotten at its end."""
+    """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display; auto_dismiss: forgotten at its end.
 
-    def __init__(self, name: str, job, disk: str, snapshot: str, target: str, *, auto_dismiss: bool = False):
+    auto_finalize: without it a job whose work is done is pending, and holds what it has, until finalize or cancel.
+    """
+
+    def __init__(self, name: str, job, disk: str, snapshot: str, target: str, *, auto_dismiss: bool = False, auto_finalize: bool = True):
         self.id = name
         self.job = job
         self.type = "backup"
@@ -26,6 +29,9 @@ class JobRecord:
         self.snapshot = snapshot
         self.target = target
         self.auto_dismiss = auto_dismiss
+        self.auto_finalize = auto_finalize
+        self.state = "created"  # QEMU's, without paused and concluded, which are derived
+        self.decided = threading.Event()  # a pending job was finalized or cancelled
         self.outcome: str | None = None  # completed, failed, cancelled; set when all is cleaned up
         self.error: str | None = None
         self.thread: threading.Thread | None = None
@@ -35,9 +41,7 @@ class JobRecord:
         """QEMU's name of the state; ``concluded`` only after the job's own snapshot is gone too."""
         if self.outcome is not None:
             return "concluded"
-        if self.job.paused:
-            return "paused"
-        return "created" if self.job.status == "created" else "running"
+        return "paused" if self.state == "running" and self.job.paused else self.state
 
     def describe(self) -> dict:
         """Return QEMU's members of a job, and ours: outcome, bytes-per-s, pacing (see BackupJob), result, disk, snapshot, target."""
@@ -60,6 +64,16 @@ class JobRecord:
         if self.error is not None:
             described["error"] = self.error
         return described
+
+    def describe_block(self) -> dict:
+        """Return the members of QEMU's query-block-jobs."""
+        progress, status = self.job.progress, self.status
+        described = {
+            "type": self.type, "device": self.id, "len": progress["total"], "offset": progress["done"],
+            "busy": status == "running", "paused": status == "paused", "speed": self.job.rate or 0, "io-status": "ok", "ready": False,
+            "status": status, "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss,
+        }
+        return described if self.error is None else described | {"error": self.error}
 
 
 class JobTable:
@@ -100,17 +114,33 @@ class JobTable:
         with self._lock:
             self._reserved.discard(record.id)
             self._records[record.id] = record
-        self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "running"})
+        self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "created"})
+        self._enter(record, "running")
         record.thread.start()
 
+    def _enter(self, record: JobRecord, state: str) -> None:
+        record.state = state
+        self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": state})
+
+    def _await_decision(self, record: JobRecord) -> str:
+        """The work is done: end at once, or when somebody says so. Return the outcome."""
+        self._enter(record, "waiting")
+        self._enter(record, "pending")
+        if not record.auto_finalize:
+            self._emit("BLOCK_JOB_PENDING", {"type": record.type, "id": record.id})
+            record.decided.wait()
+        return "cancelled" if record.state == "aborting" else "completed"
+
     def _watch(self, record: JobRecord, on_end: Callable[[], None]) -> None:
-        outcome = "completed"
         try:
             record.job.wait()
+            outcome = self._await_decision(record)
         except JobCancelled as error:
             outcome, record.error = "cancelled", record.job.error or str(error)
         except Exception as error:  # whatever ended it, the job has ended and its reason is shown
             outcome, record.error = "failed", record.job.error or str(error) or type(error).__name__
+        if outcome != "completed" and record.state != "aborting":
+            self._enter(record, "aborting")
         try:
             on_end()
         except Exception as error:
@@ -154,7 +184,26 @@ class JobTable:
         record = self.find(name)
         if record.outcome is not None:
             raise Error(f"job {name!r}: has ended, it can't be cancelled (job-dismiss removes it)")
+        with self._lock:
+            pending = record.state == "pending" and not record.decided.is_set()
+            if pending:
+                record.state = "aborting"
+        if pending:
+            self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "aborting"})
+            record.decided.set()
         record.job.cancel()
+
+    def complete(self, name: str) -> None:
+        """Refused: a backup is never ready, so there is nothing to complete."""
+        raise Error(f"Job '{name}' in state '{self.find(name).status}' cannot accept command verb 'complete'")
+
+    def finalize(self, name: str) -> None:
+        """Let a pending job end."""
+        record = self.find(name)
+        with self._lock:
+            if record.state != "pending" or record.outcome is not None or record.auto_finalize:
+                raise Error(f"Job '{name}' in state '{record.status}' cannot accept command verb 'finalize'")
+            record.decided.set()
 
     def pause(self, name: str, pause: bool) -> None:
         """Pause a running job, or resume it."""
@@ -183,6 +232,7 @@ class JobTable:
         for record in self.all():
             if record.outcome is None:
                 record.job.cancel()
+                record.decided.set()
         for record in self.all():
             if record.thread is not None:
                 record.thread.join()

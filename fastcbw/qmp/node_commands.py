@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Arguments of block-export-add and blockdev-backup that QEMU has and that may only have the value that is true here.
 _EXPORT_FIXED = {"writethrough": False, "allocation-depth": False}
-_BACKUP_FIXED = {"compress": False, "auto-finalize": True, "on-source-error": "report", "on-target-error": "report"}
+_BACKUP_FIXED = {"compress": False, "on-source-error": "report", "on-target-error": "report"}
 
 
 def _fixed(given: dict[str, Any], fixed: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ _ACTIONS = Schema([
         Argument("compress", "bool", "false"),
         Argument("on-source-error", "str", "report"),
         Argument("on-target-error", "str", "report"),
-        Argument("auto-finalize", "bool", "true"),
+        Argument("auto-finalize", "bool", "the job ends when its work is done (default true), else it is pending until job-finalize"),
         Argument("auto-dismiss", "bool", "the job is forgotten when it has ended (default true)"),
         Argument("x-perf", "object", "max-workers; use-copy-range and max-chunk are chosen here"))),
     *BITMAP_ACTIONS,

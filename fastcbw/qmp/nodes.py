@@ -31,9 +31,9 @@ class NodeExport:
 class Backup:
     """A blockdev-backup that is checked and not begun."""
 
-    def __init__(self, id: str, source: Node, target: Node, user: User, options: dict[str, Any], auto_dismiss: bool):
+    def __init__(self, id: str, source: Node, target: Node, user: User, options: dict[str, Any], ends: dict[str, bool]):
         self.id, self.source, self.target, self.user = id, source, target, user
-        self.options, self.auto_dismiss = options, auto_dismiss
+        self.options, self.ends = options, ends         # ends: auto_dismiss, auto_finalize
         self.bitmap: dict[str, Any] = {}        # options of its snapshot, when it copies what a bitmap marks
 
 
@@ -121,7 +121,9 @@ class Nodes:
         if writable and (node.read_only or not node.kind.live):
             raise Error(f"Block node is read-only: node '{node.name}'")
         user = self.graph.attach(f"export '{id}'", [(node, "root", "source", GUEST if writable else READER)])
-        hooks = {"contexts": node.disk().contexts} if node.kind.live else {"contexts": node.snapshot.contexts, "on_connect": node.snapshot.hold, "on_disconnect": node.snapshot.release}
+        snapshot = node.snapshot
+        hooks = {"contexts": node.disk().contexts} if node.kind.live else {
+            "contexts": snapshot.contexts, "on_connect": snapshot.hold, "on_disconnect": snapshot.release}
         try:
             self.daemon.nbd.add_export(name, node.guest(), read_only=not writable, description=description,
                                        background=not node.kind.live, **hooks)
@@ -158,7 +160,7 @@ class Nodes:
     # -- backups
 
     def prepare_backup(self, device: str, target: str, sync: str, *, job_id: str | None = None, speed: int = 0,
-                       auto_dismiss: bool = True, **options: Any) -> Backup:
+                       auto_dismiss: bool = True, auto_finalize: bool = True, **options: Any) -> Backup:
         """Check a blockdev-backup and reserve its id; start_backups() begins it, give_up() forgets it."""
         source, destination = self.graph.find(device), self.graph.find(target)
         bitmap = options.pop("bitmap", None)
@@ -180,7 +182,7 @@ class Nodes:
         except BaseException:
             self.graph.detach(user)
             raise
-        backup = Backup(id, source, destination, user, options, auto_dismiss)
+        backup = Backup(id, source, destination, user, options, {"auto_dismiss": auto_dismiss, "auto_finalize": auto_finalize})
         if bitmap is not None:
             backup.bitmap = {"bitmap": bitmap, "bitmap_for": f"job '{id}'" if mode == "on-success" else None}
         return backup
@@ -217,7 +219,7 @@ class Nodes:
             raise
         for backup, job in jobs:
             record = JobRecord(backup.id, job, backup.source.name, made[backup].name if backup in made else backup.source.name,
-                               backup.target.name, auto_dismiss=backup.auto_dismiss)
+                               backup.target.name, **backup.ends)
             self.daemon.jobs.add(record, lambda backup=backup: self._end(backup, made.get(backup)))
 
     def _end(self, backup: Backup, snapshot: Any) -> None:

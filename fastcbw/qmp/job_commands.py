@@ -1,0 +1,78 @@
+"""QEMU's commands for jobs: job-* by `id`, block-job-* by `device`, the same jobs and the same verbs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastcbw.qmp.errors import QmpError
+from fastcbw.qmp.schema import Argument, Command
+
+if TYPE_CHECKING:
+    from fastcbw.qmp.daemon import Daemon
+
+
+def _query_jobs(daemon: Daemon) -> list:
+    return [record.describe() for record in daemon.jobs.all()]
+
+
+def _query_block_jobs(daemon: Daemon) -> list:
+    return [record.describe_block() for record in daemon.jobs.all() if record.status != "null"]
+
+
+def _cancel(daemon: Daemon, job: str) -> None:
+    daemon.jobs.cancel(job)
+
+
+def _pause(daemon: Daemon, job: str) -> None:
+    daemon.jobs.pause(job, True)
+
+
+def _resume(daemon: Daemon, job: str) -> None:
+    daemon.jobs.pause(job, False)
+
+
+def _complete(daemon: Daemon, job: str) -> None:
+    daemon.jobs.complete(job)
+
+
+def _finalize(daemon: Daemon, job: str) -> None:
+    daemon.jobs.finalize(job)
+
+
+def _dismiss(daemon: Daemon, job: str) -> None:
+    daemon.jobs.dismiss(job)
+
+
+def _set_speed(daemon: Daemon, device: str, speed: int) -> None:
+    if speed < 0:
+        raise QmpError("Invalid parameter 'speed'")
+    daemon.jobs.set_speed(device, speed)
+
+
+_VERBS = (
+    ("cancel", "ask a job to end", _cancel),
+    ("pause", "let a running job begin nothing more until it is resumed", _pause),
+    ("resume", "let a paused job go on", _resume),
+    ("complete", "have a job that is ready end; no kind of job here waits for that", _complete),
+    ("finalize", "let a pending job end", _finalize),
+    ("dismiss", "forget an ended job", _dismiss),
+)
+
+
+def _verb(prefix: str, argument: str, verb: str, doc: str, run) -> Command:
+    # block-job-cancel has a member that other verbs do not have; by force, since no job here can be ready.
+    more = (Argument("force", "bool", "also when it is ready; it never is"),) if (prefix, verb) == ("block-job", "cancel") else ()
+    name = "id" if verb in ("finalize", "dismiss") else argument        # as QEMU has it
+    return Command(f"{prefix}-{verb}", doc, lambda daemon, force=False, **given: run(daemon, given[name]),
+                   (Argument(name, "str", "the job", required=True), *more))
+
+
+JOB_COMMANDS = (
+    Command("query-jobs", "all jobs, ended ones until they are dismissed", _query_jobs),
+    Command("query-block-jobs", "the same jobs, with the members of QEMU's block jobs", _query_block_jobs),
+    *(_verb("job", "id", *row) for row in _VERBS),
+    *(_verb("block-job", "device", *row) for row in _VERBS),
+    Command("block-job-set-speed", "limit a running job", _set_speed, (
+        Argument("device", "str", "the job", required=True),
+        Argument("speed", "int", "bytes per second; 0: no limit", required=True))),
+)
