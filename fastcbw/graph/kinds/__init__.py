@@ -6,6 +6,7 @@ from fastcbw.graph.kinds.base import Kind
 from fastcbw.graph.kinds.copy_before_write import CopyBeforeWrite
 from fastcbw.graph.kinds.delay import Delay
 from fastcbw.graph.kinds.file import File, HostDevice
+from fastcbw.graph.kinds.foreign import FORMATS, Foreign
 from fastcbw.graph.kinds.memory import Memory
 from fastcbw.graph.kinds.nbd import Nbd
 from fastcbw.graph.kinds.raw import Raw
@@ -13,5 +14,5 @@ from fastcbw.graph.kinds.snapshot_access import SnapshotAccess
 
 KINDS: dict[str, Kind] = {
     kind.driver: kind
-    for kind in (File(), HostDevice(), Raw(), Nbd(), Memory(), Delay(), CopyBeforeWrite(), SnapshotAccess())
+    for kind in (File(), HostDevice(), *map(Foreign, FORMATS), Raw(), Nbd(), Memory(), Delay(), CopyBeforeWrite(), SnapshotAccess())
 }

@@ -18,7 +18,7 @@ class Kind:
     guest above it is a guest of that child's disk; None: the node has bytes of its own. live: guests may write through it.
     """
 
-    driver: ClassVar[str]
+    driver: str
     options: ClassVar[tuple[NodeOption, ...]] = ()
     children: ClassVar[dict[str, str]] = {}
     through: ClassVar[str | None] = None
