@@ -58,8 +58,8 @@ class QemuNbd:
             ended = self._process.poll() is not None
             try:
                 return NbdDevice(f"nbd+unix:///?socket={quote(socket)}", read_only=read_only, name=name)
-            except (FileNotFoundError, ConnectionRefusedError):
-                pass            # not listening yet
+            except OSError:
+                pass            # not listening yet, or ending just now
             if ended:
                 words = " ".join(self._process.communicate()[1].split()).removeprefix("qemu-nbd: ")
                 raise Error(f"{path}: qemu-nbd: {words or 'ended without a word'}")
