@@ -39,7 +39,7 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     read_only: bool = False,
     lock: bool = True,
     direct: bool = False,
-    io: str = "sync",
+    io: str | None = None,
 ) -> Disk:
     """Open a disk with the copy-before-write filter on it.
 
@@ -48,7 +48,8 @@ def open(  # noqa: A001 - the name users write is fastcbw.open
     format: "raw" takes the bytes of a file as they are, whatever magic they carry.
     lock: take the image locks that QEMU understands.
     direct: past the page cache (O_DIRECT); OSError where the file system has none.
-    io: "sync", "threads" or "uring": who does requests that need not be waited for at once; OSError where it is not there.
+    io: "sync", "threads" or "uring": who does the requests of exports that would wait for the device, so that others go on; with
+        "sync" all wait in the connection's thread. OSError where it is not there. Default: "threads"; with direct "uring" where it is.
     Raises FormatRefused, ImageLocked, OSError, ValueError; nothing is left open.
     """
     if name is not None:

@@ -35,7 +35,7 @@ cdef class DelayDevice(BlockDevice):
     cdef void before(self, int operation, int64_t offset, int64_t length) noexcept nogil
     cdef void after(self, int operation, int64_t offset, int64_t length) noexcept nogil
     cdef void pass_gates(self, int operation, int64_t offset, int64_t length, bint after) noexcept nogil
-    cdef bint would_wait(self, int64_t offset, int64_t length) noexcept nogil
+    cdef bint would_wait(self, int operation, int64_t offset, int64_t length) noexcept nogil
 
 cdef class Gate:
     cdef DelayDevice device

@@ -9,7 +9,8 @@ cimport cython
 from libc.errno cimport EAGAIN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.device import engine_number as _engine_number
+from fastcbw.block.device cimport BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
 from fastcbw.sync cimport (
@@ -48,11 +49,14 @@ cdef class DelayDevice(BlockDevice):
     read_ms, write_ms, zero_ms, discard_ms, flush_ms: what each request of that kind waits before it goes to the child.
     bytes_per_s: limit for reads and writes together, 0 = none; requests wait after the child, as for a slow link.
     offset, length: only requests that touch this range are late (a flush always is); default: all.
-    Everything can be changed live by set(). Closing it opens all gates and closes the child.
+    io: the engine of queues for this device; with "sync" (default) none may have its requests done by other threads.
+    Everything but io can be changed live by set(). Closing it opens all gates and closes the child.
     """
 
     def __cinit__(self, BlockDevice child not None, *, read_ms=0, write_ms=0, zero_ms=0, discard_ms=0, flush_ms=0,
-                  bytes_per_s=0, offset=0, length=None, name=None):
+                  bytes_per_s=0, offset=0, length=None, name=None, str io="sync"):
+        self.io_engine = _engine_number(io)
+        self.queueable = self.io_engine != 0
         self.child = child
         self.length = child.length
         self.name = child.name if name is None else name
@@ -200,18 +204,18 @@ cdef class DelayDevice(BlockDevice):
                 sleep_until(until)
         self.pass_gates(operation, offset, length, True)
 
-    cdef bint would_wait(self, int64_t offset, int64_t length) noexcept nogil:
-        """Whether a read of the range would be late or held."""
+    cdef bint would_wait(self, int operation, int64_t offset, int64_t length) noexcept nogil:
+        """Whether a request for the range would be late or held."""
         cdef int i
         cdef bint held = False
-        if load_relaxed(&self.delay_ns[READ]) or load_relaxed(&self.bytes_per_s):
+        if load_relaxed(&self.delay_ns[operation]) or load_relaxed(&self.bytes_per_s):
             if offset < <int64_t>load_relaxed(&self.end_byte) and offset + length > <int64_t>load_relaxed(&self.first_byte):
                 return True
         if load_seq(&self.gates_held) == 0:
             return False
         pthread_mutex_lock(&self.mutex)
         for i in range(GATES_MAX):
-            if self.gates[i].held and self.gates[i].operation == READ \
+            if self.gates[i].held and self.gates[i].operation == operation \
                     and offset < self.gates[i].end and offset + length > self.gates[i].offset:
                 held = True
         pthread_mutex_unlock(&self.mutex)
@@ -225,9 +229,26 @@ cdef class DelayDevice(BlockDevice):
         return code
 
     cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
-        if self.would_wait(offset, length):
+        if self.would_wait(READ, offset, length):
             return -EAGAIN
         return self.child.preadv_nowait(vector, count, offset, length)
+
+    cdef int pwritev_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        if not self.queueable:
+            return self.pwritev(vector, count, offset, length, flags)
+        if self.would_wait(WRITE, offset, length):
+            return -EAGAIN
+        return self.child.pwritev_nowait(vector, count, offset, length, flags)
+
+    cdef bint may_wait(self, int operation) noexcept nogil:
+        cdef int kind = READ
+        if operation == IO_WRITE:
+            kind = WRITE
+        elif operation == IO_SYNC:
+            kind = FLUSH
+        elif operation != IO_READ:
+            kind = DISCARD if operation == IO_DISCARD else ZERO
+        return self.queueable and (self.would_wait(kind, 0, self.length) or self.child.may_wait(operation))
 
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef int code

@@ -67,6 +67,14 @@ cdef class BlockDevice:
     cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
         return -EAGAIN
 
+    cdef int pwritev_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        if self.queueable:
+            return -EAGAIN
+        return self.pwritev(vector, count, offset, length, flags)
+
+    cdef bint may_wait(self, int operation) noexcept nogil:
+        return self.queueable
+
     cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef iovec vector
         vector.iov_base = <void *>buffer
@@ -114,7 +122,11 @@ cdef class BlockDevice:
                           uint32_t flags, KernelIo *io) noexcept nogil:
         return False
 
-    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
+                       KernelIo *io, int code) noexcept nogil:
+        return QUEUE_ENDED
+
+    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
         pass
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:

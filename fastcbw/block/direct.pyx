@@ -80,6 +80,7 @@ cdef class DirectDevice(FileDevice):
     def __cinit__(self, path, *, bint read_only=False, create_length=None, str name=None, bint lock=True,
                   bint exclusive=False, str io="sync", alignment=None):
         self.edge_fd = -1
+        self.always_waits = True
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.ended)
         cond_init(&self.returned)
@@ -268,6 +269,13 @@ cdef class DirectDevice(FileDevice):
     cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
         return -EAGAIN      # there is nothing of it in memory
 
+    cdef int pwritev_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return -EAGAIN
+
+    cdef bint may_wait(self, int operation) noexcept nogil:
+        # On tmpfs as well: a part of a block waits for the writes under way there, and those of a queue end in its poll().
+        return True
+
     cdef int preadv_cut(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
         """Whole blocks into the bounce buffer, and what was asked for out of it; a body that is aligned goes straight."""
         cdef iovec part[PART_ENTRIES]
@@ -443,7 +451,8 @@ cdef class DirectDevice(FileDevice):
                 return False
         return FileDevice.queue_begin(self, operation, vector, count, offset, length, flags, io)
 
-    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
+                       KernelIo *io, int code) noexcept nogil:
         if operation == IO_WRITE:
             self.end_write(<WriteRange *>io.own)
-        FileDevice.queue_end(self, operation, io, code)
+        return FileDevice.queue_end(self, operation, vector, count, offset, length, flags, io, code)

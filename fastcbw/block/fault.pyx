@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 import errno as _errno
 
-from fastcbw.block.device cimport BlockDevice, FUA
+from fastcbw.block.device cimport BlockDevice, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
@@ -33,6 +33,7 @@ cdef class FaultDevice(BlockDevice):
         self.length = child.length
         self.name = child.name if name is None else name
         self.read_only = child.read_only
+        self.queueable, self.io_engine, self.always_waits = child.queueable, child.io_engine, child.always_waits
         pthread_mutex_init(&self.mutex, NULL)
         self.ready = True
 
@@ -193,6 +194,40 @@ cdef class FaultDevice(BlockDevice):
     cdef int sync(self) noexcept nogil:
         cdef int code = self.meet(FLUSH, 0, self.length, 0)
         return code if code else self.child.sync()
+
+    cdef int pwritev_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        cdef int code
+        if self.has_rule(WRITE, offset, length):
+            return -EAGAIN if self.queueable else self.pwritev(vector, count, offset, length, flags)
+        code = self.child.pwritev_nowait(vector, count, offset, length, flags)
+        if code != -EAGAIN:
+            self.note(WRITE, length, flags)
+        return code
+
+    cdef bint may_wait(self, int operation) noexcept nogil:
+        return self.child.may_wait(operation)
+
+    cdef void note(self, int operation, int64_t length, uint32_t flags) noexcept nogil:
+        add_relaxed(&self.requests[operation], 1)
+        if operation != FLUSH:
+            add_relaxed(&self.bytes[operation], <uint64_t>length)
+        if flags & FUA:
+            add_relaxed(&self.fua_requests, 1)
+
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil:
+        """As preadv_nowait: where a rule watches, the method meets it. The kernel is asked what the child would ask."""
+        cdef int kind = READ if operation == IO_READ else WRITE if operation == IO_WRITE else FLUSH
+        if self.has_rule(kind, 0 if kind == FLUSH else offset, self.length if kind == FLUSH else length):
+            return False
+        if not self.child.queue_begin(operation, vector, count, offset, length, flags, io):
+            return False
+        self.note(kind, length, flags)
+        return True
+
+    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
+                       KernelIo *io, int code) noexcept nogil:
+        return self.child.queue_end(operation, vector, count, offset, length, flags, io, code)
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         cdef int code = self.meet(STATUS, offset, length, 0)

@@ -16,7 +16,7 @@ import stat as _stat
 from fastcbw.block import locks as _locks
 from fastcbw.block.device import os_error as _os_error
 from fastcbw.block.device cimport (BlockDevice, FAST_ONLY, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo, MAY_UNMAP,
-                                   STATUS_HOLE, STATUS_ZERO)
+                                   QUEUE_ENDED, STATUS_HOLE, STATUS_ZERO)
 from fastcbw.block.queue import check_engine as _check_engine
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport load32_relaxed, load_relaxed, store32_relaxed, store_relaxed
@@ -190,6 +190,12 @@ cdef class FileDevice(BlockDevice):
             return self.pwritev_durable(&vector, 1, offset, length)
         return fcbw_pwrite_all(self.fd, <const char *>buffer, offset, length)
 
+    cdef int pwritev_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        # The page cache takes a write at once (or slows the writer down, when the disk can't keep up: that is meant).
+        if flags & FUA and not self.in_memory:
+            return -EAGAIN
+        return self.pwritev(vector, count, offset, length, flags)
+
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         if flags & FUA:
             return self.pwritev_durable(vector, count, offset, length)
@@ -308,9 +314,11 @@ cdef class FileDevice(BlockDevice):
             return load32_relaxed(&self.sync_errno) == 0
         return operation == IO_READ or operation == IO_WRITE and not flags & FUA
 
-    cdef void queue_end(self, int operation, KernelIo *io, int code) noexcept nogil:
+    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
+                       KernelIo *io, int code) noexcept nogil:
         if operation == IO_SYNC and code:
             store32_relaxed(&self.sync_errno, <uint32_t>(-code))
+        return QUEUE_ENDED
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         """Ask the file system, once for each extent of data: it walks page by page, on tmpfs, to where the data ends.

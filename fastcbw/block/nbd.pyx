@@ -22,7 +22,7 @@ from fastcbw.block.nbd_uri import parse_nbd_uri as _parse_nbd_uri
 from fastcbw.units import parse_size as _parse_size
 from fastcbw.wire import constants as _c
 
-from fastcbw.block.device cimport BlockDevice, FAST_ONLY, FUA, MAY_UNMAP, STATUS_HOLE, STATUS_ZERO
+from fastcbw.block.device cimport BlockDevice, ENGINE_THREADS, FAST_ONLY, FUA, MAY_UNMAP, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.nbd_connection cimport REASON_LENGTH, Cursor, NbdConnection
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport load32_acquire, load32_relaxed
@@ -99,7 +99,8 @@ cdef class NbdDevice(BlockDevice):
         self.owned = tuple(opened)
         self.connections = len(opened)
         self.length = first.length
-        self.queueable = True       # every request waits for the server
+        self.queueable = self.always_waits = True       # every request waits for the server
+        self.io_engine = ENGINE_THREADS
         self.flags = first.flags
         self.structured = all(other.structured for other in made)
         self.has_status = all(other.allocation_context is not None for other in made)

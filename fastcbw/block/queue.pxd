@@ -16,6 +16,8 @@
 #     a write of a part of a block waits for the others there to end, and they end in poll(). Submit it to the queue instead.
 #   - fd() can be waited for (poll, epoll: readable) beside sockets. It wakes for what ends later, not for what has ended:
 #     call poll(..., 0, 0) until it returns 0, then sleep. A wake-up may be for nothing.
+#   - A request may be several things to the kernel, one after the other (device.pxd, KernelIo); a stage that has a deadline and misses
+#     it is left to the kernel, and the method does the request in a thread.
 #   - close() waits for all that is under way and forgets the results. Bounded: `depth` requests, at most
 #     THREADS_MAX threads, made when first needed.
 from cpython.ref cimport PyObject
@@ -41,13 +43,15 @@ cdef class IoQueue:
     cdef readonly int in_flight     # submitted and not yet returned by poll
     cdef bint closed
     cdef uint32_t forks             # of the process that made it
-    cdef IoSlot *slots              # depth of them
+    cdef IoSlot *slots              # twice the depth: one for each request, and for what is late
     cdef IoSlot *unused
     cdef IoSlot *ended              # in the order of ending, not yet returned
     cdef IoSlot *ended_last
     cdef int ended_count
     cdef fcbw_uring ring
-    cdef int kernel_count           # requests in the ring, submitted or waiting to be
+    cdef int kernel_count           # slots in the ring, submitted or waiting to be
+    cdef int late_count             # of these, late ones: their request goes on elsewhere
+    cdef int64_t deadline_ns        # before it nothing in the ring is late; 0: nothing ever is
     cdef bint watching              # a POLL on the threads' event is in the ring
     cdef bint ring_lost             # the kernel refused for good: everything goes to the threads
     cdef IoThreads threads          # None: engine sync
@@ -65,6 +69,10 @@ cdef class IoQueue:
     # than ROOM), at most TIMEOUT_NS; negative: for ever. -EOWNERDEAD in the child of a fork.
     cdef int poll(self, IoDone *done, int room, int min_complete, int64_t timeout_ns) noexcept nogil
     cdef int fd(self) noexcept nogil        # -1 with the engine "sync": nothing ends later
+    # When poll() must be called again at the latest, though fd() says nothing (monotonic); 0: never.
+    cdef int64_t next_deadline(self) noexcept nogil
+    # Whether poll() has nothing more to do: nothing is under way, nor late and to be cleaned up.
+    cdef bint is_idle(self) noexcept nogil
     cdef void drain(self) noexcept nogil
 
     cdef bint is_forked(self) noexcept nogil
@@ -75,6 +83,9 @@ cdef class IoQueue:
     cdef void to_threads(self, IoSlot *slot) noexcept nogil
     cdef void end(self, IoSlot *slot) noexcept nogil
     cdef void add_entry(self, IoSlot *slot) noexcept nogil
+    cdef void leave_kernel(self, IoSlot *slot, int code) noexcept nogil
+    cdef void expire(self) noexcept nogil
+    cdef void replace(self, IoSlot *late) noexcept nogil
     cdef void kernel_answered(self, IoSlot *slot, int result) noexcept nogil
     cdef void reap(self) noexcept nogil
     cdef bint enter(self, int want, int64_t timeout_ns) noexcept nogil

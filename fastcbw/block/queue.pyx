@@ -7,14 +7,18 @@ methods of BlockDevice, with the same results.
                 └─ the rest: engine threads; unaligned, FUA, zeroes, discards ┴─▶ threads
 
 The same results by construction: what the kernel fails, or ends early without an explanation, is done once more by the
-device's own method, whose answer counts; only short transfers go on in the ring. Invariants: a slot is unused, or in the
-ring, or with the threads, or ended; in_flight counts all but the unused; the ring holds at most one entry for each slot
-and one for the threads' event, so neither of its sides can be full.
+device's own method, whose answer counts; only short transfers go on in the ring. A device may ask for several stages of one
+request (device.queue_end says so), and give it to the threads between any two of them.
+
+Invariants: a slot is unused, or in the ring, or with the threads, or ended; in_flight counts requests: slots that are neither
+unused nor late. A slot is late when the kernel has not done its stage in time and another slot has the request; of these there are
+at most `depth` beside `depth` requests, and slots for both. The ring holds at most one entry for each slot and one for the
+threads' event; what is late was submitted long ago, and its completion ring has twice the places, so neither side can be full.
 """
 
 cimport cython
 from cpython.ref cimport PyObject
-from libc.errno cimport EAGAIN, EBADF, EINTR, ENOMEM
+from libc.errno cimport EAGAIN, EBADF, EINTR, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
@@ -22,12 +26,13 @@ import os as _os
 
 from fastcbw.block.device import engine_number as _engine_number
 from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, ENGINE_THREADS, ENGINE_URING, IO_DISCARD, IO_READ, IO_SYNC,
-                                   IO_WRITE, IO_ZERO)
+                                   IO_WRITE, IO_ZERO, QUEUE_ENDED, QUEUE_METHOD, QUEUE_NEXT)
 from fastcbw.block.threads cimport SLOT_PIECES, THREADS_MAX, perform
 from fastcbw.sync cimport now_ns, sleep_ns
 
 cdef extern from "<errno.h>" nogil:
     enum:
+        ECANCELED
         EOWNERDEAD
         ETIME
 
@@ -50,8 +55,24 @@ cdef extern from "uring.h" nogil:
     bint fcbw_uring_reap(fcbw_uring *ring, uint64_t *data, int *result) noexcept
     bint fcbw_uring_owes(fcbw_uring *ring) noexcept
 
+
+cdef inline int moved_on(iovec *vector, int64_t done, int *count) noexcept nogil:
+    """Take DONE bytes off the front of VECTOR, which has more; return how many entries are used up, also taken off *COUNT."""
+    cdef int first = 0
+    while done > 0 or vector[first].iov_len == 0:
+        if done < <int64_t>vector[first].iov_len:
+            vector[first].iov_base = <char *>vector[first].iov_base + done
+            vector[first].iov_len -= <size_t>done
+            break
+        done -= <int64_t>vector[first].iov_len
+        first += 1
+    if count != NULL:
+        count[0] -= first
+    return first
+
+
 cdef enum:
-    HELPERS_MAX = 4     # threads beside a ring
+    HELPERS_MAX = 16    # threads beside a ring
     TRIES_MAX = 8       # of a request that the kernel says to try again
     DRAINED = 64
 
@@ -94,10 +115,10 @@ cdef class IoQueue:
         self.depth = depth
         self.held = {}
         self.forks = fcbw_forks()
-        self.slots = <IoSlot *>calloc(depth, sizeof(IoSlot))
+        self.slots = <IoSlot *>calloc(2 * depth, sizeof(IoSlot))
         if self.slots == NULL:
             raise MemoryError
-        for i in range(depth):
+        for i in range(2 * depth):
             self.slots[i].next = self.unused
             self.unused = &self.slots[i]
         if self.engine != ENGINE_SYNC:
@@ -144,7 +165,7 @@ cdef class IoQueue:
             return -EBADF
         if self.is_forked():
             return -EOWNERDEAD
-        if slot == NULL:
+        if self.in_flight >= self.depth:
             return -EAGAIN
         slot.vector = slot.own_vector
         if count > SLOT_PIECES:
@@ -173,21 +194,33 @@ cdef class IoQueue:
 
     cdef bint to_kernel(self, IoSlot *slot) noexcept nogil:
         """Put the request into the ring, if the device lets the kernel do it."""
-        if self.ring_lost or not (<BlockDevice>slot.device).queue_begin(
+        if self.ring_lost:
+            return False
+        slot.io.operation = slot.operation
+        slot.io.vector = NULL
+        slot.io.deadline_ns = 0
+        slot.late = False
+        if not (<BlockDevice>slot.device).queue_begin(
                 slot.operation, slot.vector, slot.count, slot.offset, slot.length, slot.flags, &slot.io):
             return False
         self.kernel_count += 1
+        slot.in_kernel = True
         self.add_entry(slot)
         return True
 
     cdef void add_entry(self, IoSlot *slot) noexcept nogil:
         cdef int kind = FCBW_URING_SYNC
-        if slot.operation == IO_READ:
+        if slot.io.operation == IO_READ:
             kind = FCBW_URING_READ
-        elif slot.operation == IO_WRITE:
+        elif slot.io.operation == IO_WRITE:
             kind = FCBW_URING_WRITE
-        fcbw_uring_add(&self.ring, kind, slot.io.fd, slot.vector + slot.first, slot.count - slot.first, slot.offset,
-                       <uint64_t>slot)
+        if slot.io.deadline_ns and (self.deadline_ns == 0 or slot.io.deadline_ns < self.deadline_ns):
+            self.deadline_ns = slot.io.deadline_ns
+        if slot.io.vector != NULL:
+            fcbw_uring_add(&self.ring, kind, slot.io.fd, slot.io.vector, slot.io.count, slot.io.offset, <uint64_t>slot)
+        else:
+            fcbw_uring_add(&self.ring, kind, slot.io.fd, slot.vector + slot.first, slot.count - slot.first, slot.offset,
+                           <uint64_t>slot)
 
     cdef void to_threads(self, IoSlot *slot) noexcept nogil:
         # What is in memory needs no thread.
@@ -215,37 +248,115 @@ cdef class IoQueue:
     # -- completion
 
     cdef void kernel_answered(self, IoSlot *slot, int result) noexcept nogil:
-        cdef int64_t left
-        if (result == -EAGAIN or result == -EINTR) and slot.tries < TRIES_MAX and not self.ring_lost:
+        cdef bint staged = slot.io.vector != NULL
+        cdef int64_t length = slot.io.length if staged else slot.length
+        if (result == -EAGAIN or result == -EINTR) and slot.tries < TRIES_MAX and not self.ring_lost and not slot.late:
             slot.tries += 1
             self.add_entry(slot)
             return
-        if 0 < result < slot.length and not self.ring_lost:
-            slot.offset += result
-            slot.length -= result
-            left = result
-            while left > 0 or slot.vector[slot.first].iov_len == 0:
-                if left < <int64_t>slot.vector[slot.first].iov_len:
-                    slot.vector[slot.first].iov_base = <char *>slot.vector[slot.first].iov_base + left
-                    slot.vector[slot.first].iov_len -= <size_t>left
-                    break
-                left -= <int64_t>slot.vector[slot.first].iov_len
-                slot.first += 1
+        if 0 < result < length and not self.ring_lost and not slot.late:
+            if staged:
+                slot.io.offset += result
+                slot.io.length -= result
+                slot.io.vector += moved_on(slot.io.vector, result, &slot.io.count)
+            else:
+                slot.offset += result
+                slot.length -= result
+                slot.first += moved_on(slot.vector + slot.first, result, NULL)
+            self.add_entry(slot)
+            return
+        if slot.io.operation != IO_SYNC and result >= 0:
+            result = 0 if result == length else -EIO        # the end of a file that somebody shrank
+        self.leave_kernel(slot, result)
+
+    cdef void leave_kernel(self, IoSlot *slot, int code) noexcept nogil:
+        """What was asked of the kernel has ended with CODE: go on as the device says."""
+        cdef int what
+        if slot.operation == IO_SYNC and code == -ECANCELED:
+            code = 0        # not asked at all: the device must not take it for a failure
+            what = QUEUE_METHOD
+            (<BlockDevice>slot.device).queue_end(slot.operation, NULL, 0, 0, 0, slot.flags, &slot.io, 0)
+        else:
+            what = (<BlockDevice>slot.device).queue_end(slot.operation, slot.vector + slot.first, slot.count - slot.first, slot.offset,
+                                                        slot.length, slot.flags, &slot.io, code)
+        if slot.late:
+            self.kernel_count -= 1
+            self.late_count -= 1
+            slot.in_kernel = slot.late = False
+            slot.next = self.unused
+            self.unused = slot
+            return
+        while what == QUEUE_NEXT and self.ring_lost:
+            what = (<BlockDevice>slot.device).queue_end(slot.operation, slot.vector + slot.first, slot.count - slot.first, slot.offset,
+                                                        slot.length, slot.flags, &slot.io, -ECANCELED)
+            code = -ECANCELED
+        if what == QUEUE_NEXT:
+            slot.tries = 0
             self.add_entry(slot)
             return
         self.kernel_count -= 1
-        if slot.operation == IO_SYNC:
-            # Never twice: the kernel tells a lost write-back once.
-            slot.code = result
-            (<BlockDevice>slot.device).queue_end(slot.operation, &slot.io, result)
-            self.end(slot)
-            return
-        (<BlockDevice>slot.device).queue_end(slot.operation, &slot.io, 0)
-        if result == slot.length:
-            slot.code = 0
+        slot.in_kernel = False
+        # A sync never twice: the kernel tells a lost write-back once.
+        if what == QUEUE_ENDED and (code == 0 or slot.operation == IO_SYNC):
+            slot.code = code
             self.end(slot)
         else:
             self.to_threads(slot)
+
+    cdef void expire(self) noexcept nogil:
+        """Give the requests whose stage is late to the threads. Few and rare: all slots are looked at."""
+        cdef int64_t now
+        cdef int64_t next_ns = 0
+        cdef IoSlot *slot
+        cdef int i
+        if self.deadline_ns == 0:
+            return
+        now = now_ns()
+        if now < self.deadline_ns:
+            return
+        for i in range(2 * self.depth):
+            slot = &self.slots[i]
+            if not slot.in_kernel or slot.late or slot.io.deadline_ns == 0:
+                continue
+            if now >= slot.io.deadline_ns and self.late_count < self.depth:
+                self.replace(slot)
+            elif next_ns == 0 or slot.io.deadline_ns < next_ns:
+                next_ns = slot.io.deadline_ns
+        self.deadline_ns = next_ns
+
+    cdef void replace(self, IoSlot *late) noexcept nogil:
+        """Have the threads do the request of LATE, which keeps what it needs to clean up."""
+        cdef IoSlot *slot = self.unused
+        cdef int i
+        self.unused = slot.next
+        slot.device = late.device
+        slot.cookie = late.cookie
+        slot.operation = late.operation
+        slot.flags = late.flags
+        slot.offset = late.offset
+        slot.length = late.length
+        slot.first = late.first
+        slot.count = late.count
+        slot.tries = 0
+        slot.in_kernel = slot.late = False
+        slot.vector = slot.own_vector
+        if late.vector != late.own_vector:
+            slot.vector = late.vector
+            late.vector = late.own_vector
+        else:
+            for i in range(late.count):
+                slot.vector[i] = late.vector[i]
+        late.count = late.first = 0
+        late.late = True
+        self.late_count += 1
+        (<BlockDevice>late.device).queue_late(late.operation, &late.io)
+        self.to_threads(slot)
+
+    cdef int64_t next_deadline(self) noexcept nogil:
+        return self.deadline_ns
+
+    cdef bint is_idle(self) noexcept nogil:
+        return self.in_flight == 0 and self.late_count == 0
 
     cdef void reap(self) noexcept nogil:
         """Move what has ended in the ring and with the threads to the ended."""
@@ -288,17 +399,16 @@ cdef class IoQueue:
             if data == 0:
                 self.watching = False
             else:
-                self.kernel_count -= 1
-                (<BlockDevice>(<IoSlot *>data).device).queue_end((<IoSlot *>data).operation, &(<IoSlot *>data).io, 0)
-                self.to_threads(<IoSlot *>data)
+                self.leave_kernel(<IoSlot *>data, -ECANCELED)
         if want:
             sleep_ns(100000)    # what is in the kernel ends without us; the caller looks again
         return True
 
     cdef int poll(self, IoDone *done, int room, int min_complete, int64_t timeout_ns) noexcept nogil:
         cdef int64_t deadline = now_ns() + timeout_ns if timeout_ns > 0 else 0, left = timeout_ns
+        cdef int64_t until
         cdef IoSlot *slot
-        cdef bint in_time = True
+        cdef bint in_time = True, soon
         cdef int count = 0
         if self.is_forked():
             return -EOWNERDEAD
@@ -309,21 +419,33 @@ cdef class IoQueue:
         if min_complete > room:
             min_complete = room
         self.reap()
+        self.expire()
         if self.engine == ENGINE_URING and self.ended_count >= min_complete \
                 and (self.untold() or self.kernel_count and self.ended == NULL and fcbw_uring_owes(&self.ring)):
             self.enter(0, 0)
             self.reap()
         while self.ended_count < min_complete and in_time:
+            self.expire()
             if timeout_ns > 0:
                 left = deadline - now_ns()
                 if left < 0:
                     left = 0
+            soon = False
+            if self.deadline_ns:
+                until = self.deadline_ns - now_ns()
+                if until < 0:
+                    until = 1000000     # as many late ones as there may be: look again in a while
+                if timeout_ns < 0 or until < left:
+                    left = until
+                    soon = True
             if self.engine == ENGINE_THREADS:
                 in_time = self.threads.wait(left)
             elif self.threads.outstanding or self.kernel_count == 0:
                 in_time = self.enter(1, left)       # one wake-up may stand for several
             else:
                 in_time = self.enter(min_complete - self.ended_count, left)
+            in_time = in_time or soon
+            left = timeout_ns
             self.reap()
         while count < room and self.ended != NULL:
             slot = self.ended
@@ -353,6 +475,9 @@ cdef class IoQueue:
         cdef IoDone done[DRAINED]
         while self.in_flight > 0 and self.poll(done, DRAINED, 1, -1) >= 0:
             pass
+        while self.late_count > 0:
+            self.enter(1, -1)
+            self.reap()
 
     # -- the door
 

@@ -1,7 +1,7 @@
 """For tests and benchmarks: QueuedDevice, a filter that sends every request through an IoQueue, so that what tests a
-device tests the queue; and a load that keeps a queue full.
+device tests the queue; HungDevice, a filter that answers the kernel's reads when it is told to; and a load that keeps a queue full.
 
-Any thread may call; they take turns. A request is submitted, then waited for, so there is never more than one under way.
+QueuedDevice: any thread may call; they take turns. A request is submitted, then waited for, so there is never more than one under way.
 """
 
 from cpython.ref cimport PyObject
@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 import os as _os
 
-from fastcbw.block.device cimport BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO
+from fastcbw.block.device cimport (BlockDevice, ENGINE_URING, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, KernelIo, QUEUE_ENDED)
 from fastcbw.block.queue cimport IoDone, IoQueue
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
@@ -73,6 +73,45 @@ cdef class QueuedDevice(BlockDevice):
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         return self.child.block_status(offset, length, flags)
+
+
+cdef class HungDevice(BlockDevice):
+    """CHILD, but what a queue asks the kernel to read comes out of a pipe: it hangs until feed(). Closing it closes the child."""
+
+    def __cinit__(self, BlockDevice child not None):
+        self.pipe_out, self.pipe_in = _os.pipe2(_os.O_CLOEXEC)
+        self.child = child
+        self.length = child.length
+        self.name = child.name
+        self.queueable = self.always_waits = True
+        self.io_engine = ENGINE_URING
+
+    def feed(self, data):
+        """Give the reads that hang DATA, in their order."""
+        _os.write(self.pipe_in, data)
+
+    def close(self):
+        """Close the pipe and the child."""
+        if self.pipe_out >= 0:
+            _os.close(self.pipe_out)
+            _os.close(self.pipe_in)
+            self.pipe_out = self.pipe_in = -1
+        self.closed = True
+        self.child.close()
+
+    cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
+                          uint32_t flags, KernelIo *io) noexcept nogil:
+        io.fd = self.pipe_out
+        return operation == IO_READ
+
+    cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        return self.child.preadv(vector, count, offset, length)
+
+    cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return self.child.pwritev(vector, count, offset, length, flags)
+
+    cdef int sync(self) noexcept nogil:
+        return self.child.sync()
 
 
 def drive(IoQueue queue not None, BlockDevice device not None, const int64_t[::1] offsets not None, unsigned char[::1] memory not None,

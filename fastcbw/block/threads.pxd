@@ -25,6 +25,8 @@ cdef struct IoSlot:
     int first
     int count
     int tries                   # times that the kernel told to try again
+    bint in_kernel              # in the ring
+    bint late                   # in the ring, and another slot has the request meanwhile
     int code                    # result
     KernelIo io
     IoSlot *next

@@ -21,6 +21,7 @@ import weakref
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.dirty cimport DirtyBitmaps
+from fastcbw.cbw.guest cimport GuestDevice
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lazy cimport lazy_carry_out
@@ -73,7 +74,7 @@ cdef class Engine:
 
     def __cinit__(self, BlockDevice child not None):
         self.state = EngineState(child)
-        self.device = FilterDevice(self.state)
+        self.device = GuestDevice(self.state)
         self.snapshots = {}
         self.control = threading.RLock()
         self.bitmaps = self.state.bitmaps = DirtyBitmaps(self.state, self.control)
@@ -500,5 +501,6 @@ cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
     device.snap = snap
     device.cluster_bits = snap.geometry.cluster_bits
     device.length = engine.state.length
+    device.queueable, device.io_engine = engine.device.queueable, engine.device.io_engine
     device.name = f"{engine.device.name}@{name}"
     return device

@@ -26,7 +26,6 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
-from fastcbw.cbw.heat cimport heat_note
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
@@ -159,13 +158,13 @@ cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket 
     return started_ns != 0
 
 
-cdef inline void count_write(Line *line, int64_t length) noexcept nogil:
+cdef void count_write(Line *line, int64_t length) noexcept nogil:
     # The thread's own counters: a load and a store, no locked instruction. Line 0, which is shared, may lose some.
     store_relaxed(&line.writes, load_relaxed(&line.writes) + 1)
     store_relaxed(&line.bytes, load_relaxed(&line.bytes) + <uint64_t>length)
 
 
-cdef inline void count_touch(Line *line, int64_t started_ns) noexcept nogil:
+cdef void count_touch(Line *line, int64_t started_ns) noexcept nogil:
     cdef uint64_t took = <uint64_t>(now_ns() - started_ns)
     add_relaxed(&line.touches, 1)
     if took > load_relaxed(&line.wait_ns_max):
@@ -188,11 +187,9 @@ cdef inline bint is_claimed(const Geometry *geometry, int64_t cluster) noexcept 
     return (load_seq(geometry.claims + cluster // 64) >> (cluster % 64)) & 1
 
 
-cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
-    """Settle first..end in the ticket's epoch, or find that nobody needs it."""
-    cdef Epoch *epoch = ticket.epoch
+cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, int64_t *round_end) noexcept nogil:
+    """The first cluster of first..end that a copy may have to be made of, with the end of the round for it; END: none."""
     cdef int64_t limit = ROUND_BYTES >> epoch.geometry.cluster_bits
-    cdef int64_t round_end
     cdef Snap *needing
     if limit > ROUND_CLUSTERS:
         limit = ROUND_CLUSTERS
@@ -201,7 +198,7 @@ cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end,
     while True:
         first = next_unsettled(epoch.settled, first, end)
         if first == end:
-            return GO_ON
+            return end
         needing = newest_needing(epoch, first)
         if is_claimed(epoch.geometry, first) and not lazy_recorded(epoch.geometry, first) and (
                 needing == NULL or lookup(epoch, needing, first) != WORD_NONE):
@@ -210,7 +207,17 @@ cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end,
             # Except where a discard is recorded: it may be being carried out just now, and the write must come after it (lazy.pyx).
             first += 1
             continue
-        round_end = end if end - first < limit else first + limit
+        round_end[0] = end if end - first < limit else first + limit
+        return first
+
+
+cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
+    """Settle first..end in the ticket's epoch, or find that nobody needs it."""
+    cdef int64_t round_end = end
+    while True:
+        first = next_to_preserve(ticket.epoch, first, end, &round_end)
+        if first == end:
+            return GO_ON
         if preserve_round(state, ticket, first, round_end, started_ns) == START_OVER:
             return START_OVER
 
@@ -220,44 +227,57 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
     cdef Epoch *epoch = ticket.epoch
     cdef Geometry *geometry = epoch.geometry
     cdef Copy copy
-    cdef uint64_t settle[ROUND_WORDS]
     cdef Snap *snap
-    cdef int code
-    if bits_claim_atomic(geometry.claims, copy.got, first, end - first) == 0:
+    cdef int code, what = prepare(state, epoch, &copy, first, end)
+    if what == COPY_BUSY:
         return wait_for_claim(state, ticket, first, started_ns)
-    if not is_current(state, epoch):                                    # R3
+    if what == COPY_STALE:
+        leave(ticket[0])
+        return START_OVER
+    if what == COPY_NOTHING:
+        return GO_ON
+    snap = copy.snap
+    if epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
         return give_up(geometry, &copy, first, end, ticket)
+    if not make_leaves(&copy):
+        snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
+        return give_up(geometry, &copy, first, end, ticket)
+    take_slots(&copy)
+    code = copy_old(state, &copy, started_ns, ticket.line)
+    if code == -ETIMEDOUT:
+        # The pool has the claims and the room now, and gives them back when the device answers.
+        snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, copy.items[0].cluster << geometry.cluster_bits)
+        leave(ticket[0])
+        return START_OVER
+    if code:
+        copy_give_back(&copy)
+        snap_break(state, snap, copy.why, 0 if copy.why == WHY_FULL else -code, copy.error_offset)
+        return give_up(geometry, &copy, first, end, ticket)
+    publish(&copy)
+    settle_and_release(state, epoch, &copy)
+    return GO_ON
+
+
+cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int64_t end) noexcept nogil:
+    """Claim what is free of first..end, and find out what of it is to be copied. Never waits."""
+    cdef uint64_t settle[ROUND_WORDS]
+    if bits_claim_atomic(epoch.geometry.claims, copy.got, first, end - first) == 0:
+        return COPY_BUSY
     copy.disk = state.disk
     copy.disk_length = state.length
-    copy.geometry = geometry
+    copy.geometry = epoch.geometry
     copy.first = first
     copy.count = end - first
     copy.bounce = NULL
-    snap = select(epoch, &copy, settle)
-    release_others(state, epoch, &copy, settle)
-    if copy.items_count == 0 and next_unsettled(epoch.settled, first, first + 1) == first:
-        # Only neighbours that need nothing were free; trying again at once would spin, without any limit.
-        return wait_for_claim(state, ticket, first, started_ns)
-    if copy.items_count and epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
-        return give_up(geometry, &copy, first, end, ticket)
+    if not is_current(state, epoch):                                    # R3
+        claim_release(epoch.geometry, copy.got, first, end - first)
+        return COPY_STALE
+    select(epoch, copy, settle)
+    release_others(state, epoch, copy, settle)
     if copy.items_count:
-        if not make_leaves(&copy):
-            snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
-            return give_up(geometry, &copy, first, end, ticket)
-        take_slots(&copy)
-        code = copy_old(state, &copy, started_ns, ticket.line)
-        if code == -ETIMEDOUT:
-            # The pool has the claims and the room now, and gives them back when the device answers.
-            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, copy.items[0].cluster << geometry.cluster_bits)
-            leave(ticket[0])
-            return START_OVER
-        if code:
-            copy_give_back(&copy)
-            snap_break(state, snap, copy.why, 0 if copy.why == WHY_FULL else -code, copy.error_offset)
-            return give_up(geometry, &copy, first, end, ticket)
-        publish(&copy)
-        settle_and_release(state, epoch, &copy)
-    return GO_ON
+        return COPY_READY
+    # Were only neighbours free that need nothing? Trying again at once would spin, without any limit.
+    return COPY_BUSY if next_unsettled(epoch.settled, first, first + 1) == first else COPY_NOTHING
 
 
 cdef int give_up(Geometry *geometry, Copy *copy, int64_t first, int64_t end, Ticket *ticket) noexcept nogil:
@@ -417,8 +437,6 @@ cdef void publish(Copy *copy) noexcept nogil:
             slot_unref(store, item.slot)
     add_relaxed(&snap.preserved, <uint64_t>copy.items_count)
     add_relaxed(&snap.preserved_zero, zeroes)
-    item = &copy.items[copy.items_count - 1]
-    heat_note(copy.geometry, copy.items[0].cluster, item.cluster + 1 - copy.items[0].cluster)
 
 
 cdef void settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:

@@ -19,8 +19,10 @@ cdef class SnapshotDevice(BlockDevice):
     cdef readonly str bitmap_name
     cdef readonly bint retired          # the engine has unlinked it (control)
 
-    cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil
-    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil
+    # NOWAIT: -EAGAIN, with anything in BUFFER, instead of waiting for a device
+    cdef int read_pieces(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil
+    cdef int read_range(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil
+    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end, bint nowait) noexcept nogil
     cdef int take_counted(self, const Epoch *epoch, char *buffer, int64_t offset, int64_t end, int count, uint64_t *words) noexcept nogil
     cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
     cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil

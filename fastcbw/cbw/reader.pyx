@@ -9,7 +9,7 @@ same. Last, after the look-ups, `dead` and `copy`: an end clears those first (R5
 Counted in an epoch: look-ups and copies out of RAM. Not counted: I/O.
 """
 
-from libc.errno cimport EINVAL, EIO
+from libc.errno cimport EAGAIN, EINVAL, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
@@ -61,17 +61,29 @@ cdef class SnapshotDevice(BlockDevice):
             snap_unref(self.snap)
 
     cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil:
+        return self.read_pieces(<char *>buffer, offset, length, False)
+
+    cdef int read_pieces(self, char *out, int64_t offset, int64_t length, bint nowait) noexcept nogil:
         cdef int64_t piece
         cdef int code
-        cdef char *out = <char *>buffer
         while length:
             piece = length if length < BATCH_BYTES else BATCH_BYTES
-            code = self.read_range(out, offset, piece)
+            code = self.read_range(out, offset, piece, nowait)
             if code:
                 return code
             out += piece
             offset += piece
             length -= piece
+        return 0
+
+    cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        """What is in RAM, here or in the page cache of the active disk; the log is a device."""
+        cdef int i, code
+        for i in range(count):
+            code = self.read_pieces(<char *>vector[i].iov_base, offset, <int64_t>vector[i].iov_len, True)
+            if code:
+                return code
+            offset += <int64_t>vector[i].iov_len
         return 0
 
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
@@ -83,7 +95,7 @@ cdef class SnapshotDevice(BlockDevice):
             offset += <int64_t>vector[i].iov_len
         return 0
 
-    cdef int read_range(self, char *buffer, int64_t offset, int64_t length) noexcept nogil:
+    cdef int read_range(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil:
         """At most BATCH_BYTES. Batches of clusters; see read_batch."""
         cdef int64_t end = offset + length
         cdef int64_t batch_end
@@ -92,14 +104,14 @@ cdef class SnapshotDevice(BlockDevice):
             batch_end = ((offset >> self.cluster_bits) + BATCH_CLUSTERS) << self.cluster_bits
             if batch_end > end:
                 batch_end = end
-            code = self.read_batch(buffer, offset, batch_end)
+            code = self.read_batch(buffer, offset, batch_end, nowait)
             if code:
                 return code
             buffer += batch_end - offset
             offset = batch_end
         return self.verdict(end - length, length)
 
-    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end) noexcept nogil:
+    cdef int read_batch(self, char *buffer, int64_t offset, int64_t end, bint nowait) noexcept nogil:
         """Fill BUFFER with offset..end, at most BATCH_CLUSTERS clusters.
 
         words[] says what each cluster still needs: 0, read the disk; a word, read the store; RETRY, look again; DONE. A pass that finds a
@@ -113,6 +125,7 @@ cdef class SnapshotDevice(BlockDevice):
         cdef int count = <int>(((end - 1) >> self.cluster_bits) - first + 1)
         cdef int i, run, left, code
         cdef int64_t begin, stop
+        cdef iovec vector
         code = self.verdict(offset, end - offset)
         if code:
             return code
@@ -133,7 +146,12 @@ cdef class SnapshotDevice(BlockDevice):
                     stop = (first + i) << self.cluster_bits
                     begin = begin if begin > offset else offset
                     stop = stop if stop < end else end
-                    code = self.state.child.pread(buffer + (begin - offset), begin, stop - begin)
+                    if nowait:
+                        vector.iov_base = buffer + (begin - offset)
+                        vector.iov_len = <size_t>(stop - begin)
+                        code = self.state.child.preadv_nowait(&vector, 1, begin, stop - begin)
+                    else:
+                        code = self.state.child.pread(buffer + (begin - offset), begin, stop - begin)
                     if code:
                         return code
                 while i < count and words[i] != WORD_NONE:
@@ -141,6 +159,8 @@ cdef class SnapshotDevice(BlockDevice):
             fence_seq()
             for i in range(count):
                 if word_tag(words[i]) == WORD_DISK and words[i] != DONE:
+                    if nowait:
+                        return -EAGAIN
                     code = self.take_from_log(buffer, offset, end, first + i, words + i)
                     if code:
                         return code

@@ -20,7 +20,6 @@ cdef enum:
     SNAPSHOTS_MAX = 62          # stores and chain positions; two are kept for stores that outlive their snapshot
     DIRTY_MAX = 16              # named dirty bitmaps of a disk at once
     STRIPES = 64                # mutexes for those who wait for a claim
-    RECENT = 1024               # first touches that the ring of a geometry remembers, a power of two
 
     # Snapshot.dead
     ALIVE = 0
@@ -46,8 +45,6 @@ cdef struct Geometry:
     sparse_bits lazy            # recorded guest discards, see lazy.pyx (claim): R6, a recorded cluster is not settled; with summary
     uint64_t lazy_count         # how many are recorded (atomic)
     uint64_t waiters            # threads that wait for a claim (atomic): nobody, nothing to wake
-    uint64_t recent_count       # first touches so far (atomic), and the last of them, cluster << 16 | count: hints, see heat.pxd
-    uint64_t recent[RECENT]
     pthread_mutex_t mutex[STRIPES]
     pthread_cond_t cond[STRIPES]
 
@@ -91,7 +88,8 @@ cdef struct Line:
     uint64_t inflight[4]        # operations counted, by epoch number & 3 (atomic, seq_cst)
     uint64_t begin              # bytes: the range of the guest write that is counted; set before it is counted (atomic)
     uint64_t end
-    uint64_t pad[2]
+    uint64_t queued             # guest writes of a queue that are counted here: while there are any the range is the whole disk (atomic)
+    uint64_t pad
     uint64_t writes             # guest writes, zeroes and discards (counters of the thread: relaxed loads and stores)
     uint64_t bytes
     uint64_t touches            # of these, with something to preserve

@@ -108,7 +108,9 @@ cdef bint enter_guest(EngineState state, int64_t offset, int64_t length, Ticket 
     cdef Epoch *epoch
     cdef int64_t first, count, w
     cdef uint64_t mask
-    if slot == 0:       # shared by many: its range says nothing, so it stands for the whole disk
+    # Line 0 is shared by many, and a queue has many writes under way: one range says nothing then, so it is the whole disk. It is
+    # only ever widened while a write of the line is counted.
+    if slot == 0 or load_relaxed(&line.queued):
         store_relaxed(&line.begin, 0)
         store_relaxed(&line.end, <uint64_t>-1)
     else:

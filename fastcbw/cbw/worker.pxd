@@ -56,6 +56,10 @@ cdef class CopyPool:
     cdef void finish(self, Copy *task) noexcept nogil
 
 cdef int copy_read(Copy *copy, bint nowait) noexcept nogil      # reads all items and tests them for zeroes; -EAGAIN
+cdef void find_zeroes(Copy *copy) noexcept nogil                # tests the data of all items
+# A copy that outlives the guest's request, its epoch and its snapshot holds its own references.
+cdef void keep_references(Copy *copy) noexcept nogil
+cdef void drop_references(Copy *copy) noexcept nogil
 cdef void copy_give_back(Copy *copy) noexcept nogil             # what room the items have; of a copy that failed, slots only
 # Runs the copy in the pool and waits for it. -ETIMEDOUT: it was abandoned, and keeps its claims and its room until it ends.
 cdef int copy_in_pool(PyObject *pool, Copy *copy, int64_t deadline_ns) noexcept nogil

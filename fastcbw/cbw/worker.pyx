@@ -60,9 +60,14 @@ cdef int copy_read(Copy *copy, bint nowait) noexcept nogil:
             copy.why = WHY_SOURCE
             copy.error_offset = offset
             return code
-    for i in range(copy.items_count):
-        copy.items[i].zero = is_zero(copy.items[i].data, cluster_bytes)
+    find_zeroes(copy)
     return 0
+
+
+cdef void find_zeroes(Copy *copy) noexcept nogil:
+    cdef int i
+    for i in range(copy.items_count):
+        copy.items[i].zero = is_zero(copy.items[i].data, copy.snap.store.cluster_bytes)
 
 
 cdef int copy_write_log(Copy *copy) noexcept nogil:
@@ -194,10 +199,7 @@ cdef int copy_in_pool(PyObject *pool, Copy *copy, int64_t deadline_ns) noexcept 
         return -ENOMEM
     task.done = task.abandoned = False
     task.next = NULL
-    # Its own references: it may outlive the guest's request, the epoch, and the snapshot.
-    snap_ref(task.snap)
-    geometry_ref(task.geometry)
-    add_seq(&task.snap.store.pins, 1)
+    keep_references(task)
     (<CopyPool>pool).submit(task)
     code = (<CopyPool>pool).await_done(task, deadline_ns)
     if code == 0:
@@ -208,6 +210,12 @@ cdef int copy_in_pool(PyObject *pool, Copy *copy, int64_t deadline_ns) noexcept 
         drop_references(task)
         copy_free(task)
     return code
+
+
+cdef void keep_references(Copy *task) noexcept nogil:
+    snap_ref(task.snap)
+    geometry_ref(task.geometry)
+    add_seq(&task.snap.store.pins, 1)
 
 
 cdef void drop_references(Copy *task) noexcept nogil:

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 
+from fastcbw.block.device import engine_number
 from fastcbw.cli.common import UsageError, add_options, check_nbd_uri, check_options
 from fastcbw.export.nbd.listen import inherited
 from fastcbw.export.nbd.server import parse_spin
@@ -29,6 +30,9 @@ def add_parser(verbs) -> None:
     parser.add_argument("--no-lock", action="store_true", help="open the images without QEMU's byte locks")
     parser.add_argument("--read-only", action="store_true", help="open the images read-only")
     parser.add_argument("--direct", action="store_true", help="open the images O_DIRECT, past the page cache")
+    parser.add_argument("--io", metavar="ENGINE",
+                        help="who does requests that would wait for the disk: threads, uring, or sync: nobody else, they wait in the "
+                             "connection's thread (default: threads; with --direct uring, where the kernel has it)")
     parser.add_argument("--spin", metavar="MODE", default="off",
                         help="busy-polling of guest sockets: off (default), adaptive, or microseconds; costs processor time")
     parser.add_argument("--config", metavar="FILE", help="nodes and exports from a JSON file, see docs/graph.md")
@@ -76,6 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         parse_spin(arguments.spin)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
+    if arguments.io is not None:
+        try:
+            engine_number(arguments.io)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
     images = [split_image(text) for text in arguments.images]
     passed = _passed_socket()
     if arguments.socket is None and passed is None:
@@ -96,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             signal.signal(number, lambda *_, reason=reason: daemon.request_stop(reason))
         for name, image in images:
             daemon.add_disk(open_disk(image, name=name, format=arguments.format, read_only=arguments.read_only,
-                                      lock=not arguments.no_lock, direct=arguments.direct))
+                                      lock=not arguments.no_lock, direct=arguments.direct, io=arguments.io))
         if arguments.snapshot is not None:
             daemon.create_snapshot(arguments.snapshot, list(daemon.disks), **options)
         daemon.listen_nbd(arguments.socket if passed is None else passed, spin=arguments.spin)

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 
+from fastcbw.block.direct import DirectDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.nbd import NbdDevice
 from fastcbw.export.nbd.server import Server
@@ -61,6 +62,24 @@ class OurServerOneConnection(OurServer):
     connections = 1
 
 
+class OurServerThreads(OurServer):
+    """A disk whose requests wait: they are done by the threads of the connections' queues."""
+
+    io = "threads"
+
+    def serve(self, length):
+        image = self.path.with_name("served")
+        image.unlink(missing_ok=True)
+        server = self.stack.enter_context(Server(self.path))
+        server.add_export("vm", self.stack.enter_context(DirectDevice(image, create_length=length, io=self.io)))
+        self.stack.callback(server.close)       # before the device
+        return NbdDevice(self.uri, in_flight="64K")
+
+
+class OurServerUring(OurServerThreads):
+    io = "uring"
+
+
 class Nbdkit(Served):
     """nbdkit, which has structured replies for reads and block status, and many plugins without this or that."""
 
@@ -97,7 +116,8 @@ class NbdkitPlain(Nbdkit):
 
 
 # QEMU's servers are in test_nbd_client_peers.py: their exports are multiples of 512 bytes.
-SERVERS = {"nbd": OurServer, "nbd, one connection": OurServerOneConnection, "nbdkit": Nbdkit, "nbdkit file": NbdkitFile,
+SERVERS = {"nbd": OurServer, "nbd, one connection": OurServerOneConnection, "nbd, threads": OurServerThreads,
+           "nbd, uring": OurServerUring, "nbdkit": Nbdkit, "nbdkit file": NbdkitFile,
            "nbdkit plain": NbdkitPlain}
 
 

@@ -3,9 +3,11 @@
 import threading
 import time
 
+from fastcbw.block.direct import DirectDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.python import Device, PythonDevice
+from fastcbw.block.queued import QueuedDevice
 
 
 class Bytes(Device):
@@ -56,6 +58,8 @@ def wait_until(condition, seconds=10):
 
 
 KINDS = ("memory", "tmpfs file", "python")
+#: Disks whose guest's requests go through a queue: its engine, and whether past the page cache.
+QUEUE_KINDS = ("queue threads file", "queue uring file", "queue threads direct", "queue uring direct")
 
 
 def make_disk(kind, length, folder):
@@ -68,4 +72,13 @@ def make_disk(kind, length, folder):
             return FileDevice(folder / "image", create_length=length)
         case "python":
             return PythonDevice(Bytes(length))
+    if kind in QUEUE_KINDS:
+        _, engine, how = kind.split()
+        (folder / "image").unlink(missing_ok=True)
+        return {"file": FileDevice, "direct": DirectDevice}[how](folder / "image", create_length=length, io=engine)
     raise AssertionError(kind)
+
+
+def guest_of(kind, engine):
+    """What the guest writes to: the engine's device, or that by way of a queue of its own."""
+    return QueuedDevice(engine.device, engine.device.io) if kind in QUEUE_KINDS else engine.device

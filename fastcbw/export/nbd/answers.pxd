@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.export.nbd.flights cimport Flights
 from fastcbw.export.nbd.pool cimport BufferPool
 from fastcbw.export.nbd.replies cimport Replies
 from fastcbw.export.nbd.request cimport Request
@@ -37,6 +38,7 @@ cdef class Answers:
     cdef BlockDevice device
     cdef BufferPool pool
     cdef Replies replies
+    cdef Flights flights            # None: every request is done at once, in the thread of run()
     cdef bint read_only
     cdef bint background            # class in the pool
     cdef bytes export_name          # kept for `name`

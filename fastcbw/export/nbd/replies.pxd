@@ -1,11 +1,14 @@
 # The replies of one connection: encoded into a batch, sent in as few calls as possible.
 from libc.stdint cimport int64_t, uint16_t, uint64_t
 
+from fastcbw.export.nbd.flights cimport Flights
+
 cdef enum:
     BATCH_LENGTH = 262144       # bytes of encoded replies at most; touched only as far as used
 
 cdef class Replies:
     cdef int fd                 # borrowed
+    cdef Flights flights        # what must go on while the client does not read; None: nothing
     cdef bint structured        # negotiated
     cdef char *batch            # our own mapping, BATCH_LENGTH bytes
     cdef int64_t length         # bytes in it

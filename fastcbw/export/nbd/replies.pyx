@@ -8,7 +8,7 @@ Success without data is answered by a simple reply in both modes (the protocol l
 shorter); errors and data are chunks when structured replies were negotiated.
 """
 
-from libc.errno cimport EINTR, EPIPE, errno
+from libc.errno cimport EAGAIN, EINTR, EPIPE, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
@@ -19,7 +19,7 @@ from fastcbw.wire.constants cimport (
     CHUNK_LENGTH, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, REPLY_TYPE_ERROR_OFFSET, SIMPLE_REPLY_LENGTH,
     SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC)
 from fastcbw.wire.integers cimport store16, store32, store64
-from fastcbw.wire.socket cimport MSG_NOSIGNAL, msghdr, sendmsg
+from fastcbw.wire.socket cimport MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT, msghdr, sendmsg
 
 
 cdef class Replies:
@@ -74,7 +74,13 @@ cdef class Replies:
                 return 0
             message.msg_iov = &vector[first]
             message.msg_iovlen = <size_t>(2 - first)
-            sent = sendmsg(self.fd, &message, MSG_NOSIGNAL)
+            if self.flights is not None and not self.flights.queue.is_idle():
+                sent = sendmsg(self.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+                if sent < 0 and errno == EAGAIN:
+                    self.flights.sleep(self.fd, POLLOUT, False)
+                    continue
+            else:
+                sent = sendmsg(self.fd, &message, MSG_NOSIGNAL)
             if sent < 0:
                 if errno != EINTR:
                     self.failed = errno

@@ -1,0 +1,3 @@
+from fastcbw.block.device import BlockDevice
+
+class GuestDevice(BlockDevice): ...
