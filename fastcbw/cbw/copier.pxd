@@ -3,8 +3,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.offload cimport Behind, Offload
+from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
-from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.sync cimport pthread_mutex_t
 
 cdef enum:
@@ -18,28 +18,16 @@ cdef enum:
     DOING_ALLOCATE = 6
     DOING_COPY = 7
 
-cdef struct Piece:
-    int64_t offset
-    int64_t length
-    bint zero               # known to be zeroes without reading
-
 cdef class Copier:
     cdef readonly BlockDevice source
     cdef readonly BlockDevice target
     cdef readonly int64_t chunk         # bytes of one read and write
-    cdef SnapshotDevice snapshot        # the source when it is a snapshot, else None
     cdef bint target_is_zero            # zeroes need not be written
     cdef bint comparing                 # compare instead of copy
     cdef readonly Pace pace             # how many workers, how large steps, how fast
     cdef readonly Offload offload       # the kernel copies from file to file; None where it does not
-    # choosing the next piece, under the lock
-    cdef pthread_mutex_t lock
-    cdef bint ram_first                 # still in the pass over what is in RAM
-    cdef int64_t ram_next               # cluster
-    cdef int64_t cursor                 # bytes: everything before was handed out in the sequential pass
-    cdef int64_t extent_end             # bytes: the source's block status is known up to here ...
-    cdef bint extent_zero               # ... and is this
-    cdef uint64_t *taken                # clusters that the RAM pass handed out; NULL without that pass
+    cdef Order order                    # hands out the pieces
+    cdef pthread_mutex_t lock           # over the first error
     # reports (atomic)
     cdef uint64_t done_bytes            # of the source's length: copied, skipped or compared
     cdef uint64_t data_bytes            # written to the target, or compared
@@ -52,9 +40,6 @@ cdef class Copier:
     cdef int64_t error_length
 
     cdef bint next_piece(self, Piece *piece) noexcept nogil
-    cdef bint next_in_ram(self, Piece *piece) noexcept nogil
-    cdef int64_t look_ahead(self) noexcept nogil
-    cdef int64_t look_at_cursor(self) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
     cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil

@@ -2,8 +2,6 @@ from fastcbw.block.device import BlockDevice
 from fastcbw.cbw.offload import Offload
 from fastcbw.cbw.pace import Pace
 
-ORDERS: tuple[str, ...]
-
 class Copier:
     source: BlockDevice
     target: BlockDevice

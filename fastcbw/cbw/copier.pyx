@@ -1,9 +1,9 @@
 """The copier: moves the bytes of a source to a target, by N workers, in a stated order, with bounded memory.
 
-    next_piece (under a lock, O(1)) ──▶ worker: read ─▶ zero test ─▶ write     each with one buffer of `chunk` bytes
-                                             or: from file to file by the kernel, then validated (offload.pyx)
+    order.next ──▶ worker: read ─▶ zero test ─▶ write     each with one buffer of `chunk` bytes
+                       or: from file to file by the kernel, then validated (offload.pyx)
 
-Orders. `sequential`: ascending. `ram-first`: what is in the snapshot's RAM tier now, ascending; then the rest, ascending.
+What is copied next is the Order's to say (order.pyx).
 Zeroes are known from block status (holes, preserved zeroes) or found by content in blocks of 4 KiB; a target that is
 known to be all zeroes is not told about them, so that it stays sparse.
 
@@ -17,23 +17,17 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
-from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ABSENT, STATUS_ZERO
+from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
 from fastcbw.cbw.offload cimport OFFLOAD_LACKING, Behind, Offload
+from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
-from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport Snap, Ticket, bitmap_bytes, copy_run, enter, leave
-from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_next_leaf
-from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_seq
-from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
+from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_seq, store_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background
 
 from fastcbw.cbw.offload import behind_for
 
-ORDERS = ("sequential", "ram-first")
-
 cdef enum:
-    SKIPPED = -3000             # no error code
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
@@ -51,22 +45,10 @@ cdef dict DOING_TEXT = {
 }
 
 
-cdef int64_t next_ram_run(const Snap *snap, int64_t cluster, int64_t end, int64_t *first) noexcept nogil:
-    """As bits_next_run over the RAM summary; only the words of leaves that exist are looked at."""
-    cdef int64_t leaf = map_next_leaf(&(<Snap *>snap).map, cluster)
-    while leaf < end:
-        if load_relaxed(snap.ram + leaf // LEAF_CLUSTERS) != 0:
-            first[0] = bits_next_one(snap.ram, leaf if leaf > cluster else cluster, min(leaf + LEAF_CLUSTERS, end))
-            if first[0] < min(leaf + LEAF_CLUSTERS, end):
-                return bits_next_zero(snap.ram, first[0], end) - first[0]
-        leaf = map_next_leaf(&(<Snap *>snap).map, leaf + LEAF_CLUSTERS)
-    return 0
-
-
 cdef class Copier:
     """Copies all of SOURCE to TARGET, or compares them.
 
-    chunk: bytes of one read and one write, a multiple of 4 KiB. order: one of ORDERS. target_is_zero: every byte of the
+    chunk: bytes of one read and one write, a multiple of 4 KiB. order: see Order. target_is_zero: every byte of the
     target reads as zero now. comparing: read both and report the first difference as an error. pace: default: every worker, chunk bytes
     a step. offload: of offload_for(); digests and comparing want the data to pass through here.
     Call run() in as many threads as shall work; when all have returned, look at `error`.
@@ -76,8 +58,6 @@ cdef class Copier:
                   str order="sequential", bint target_is_zero=False, bint comparing=False, Pace pace=None, Offload offload=None):
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
-        if order not in ORDERS:
-            raise ValueError(f"order: {order!r} is unknown (there is {', '.join(ORDERS)})")
         if target.length < source.length:
             raise ValueError(f"target {target.name}: its {target.length} bytes are less than the source's {source.length}")
         self.source = source
@@ -87,18 +67,10 @@ cdef class Copier:
         self.comparing = comparing
         self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
         self.offload = None if comparing else offload
-        self.snapshot = source if isinstance(source, SnapshotDevice) else None
-        self.ram_first = order == "ram-first" and self.snapshot is not None
-        if self.ram_first:
-            self.chunk = max(chunk, 1 << self.snapshot.cluster_bits)        # a piece of the RAM pass is whole clusters
-            self.taken = <uint64_t *>map_pages(bitmap_bytes(self.snapshot.snap.geometry.clusters))
-            if self.taken == NULL:
-                raise MemoryError("copier: no memory for its bitmap")
+        self.order = Order(source, order, chunk=chunk)
         pthread_mutex_init(&self.lock, NULL)
 
     def __dealloc__(self):
-        if self.taken != NULL:
-            unmap_pages(self.taken, bitmap_bytes(self.snapshot.snap.geometry.clusters))
         pthread_mutex_destroy(&self.lock)
 
     # -- workers
@@ -307,113 +279,14 @@ cdef class Copier:
         store_seq(&self.failed, 1)
         self.pace.stop(True)
 
-    # -- order
-
     cdef bint next_piece(self, Piece *piece) noexcept nogil:
-        cdef int64_t got = 0
-        cdef bint found = False
+        cdef int code
         if load_seq(&self.cancelled) or load_seq(&self.failed):
             return False
-        pthread_mutex_lock(&self.lock)
-        if self.ram_first:
-            found = self.next_in_ram(piece)
-            while found and piece.length == 0:
-                found = self.next_in_ram(piece)
-            self.ram_first = found
-        if not found:
-            got = self.look_ahead()
-            if got > 0:
-                found = True
-                piece.offset = self.cursor
-                piece.length = got
-                piece.zero = self.extent_zero
-                self.cursor += got
-        pthread_mutex_unlock(&self.lock)
-        if got < 0:
-            self.note_error(<int>got, DOING_STATUS, self.cursor, self.source.length - self.cursor)
-        return found
-
-    cdef bint next_in_ram(self, Piece *piece) noexcept nogil:
-        """The next run of clusters that the RAM tier of the snapshot, or of a newer one, holds; they are marked as taken."""
-        cdef int bits = self.snapshot.cluster_bits
-        cdef int64_t clusters = self.snapshot.snap.geometry.clusters
-        cdef int64_t best = clusters, first, count
-        cdef int64_t best_count = 0
-        cdef bint inside
-        cdef Ticket ticket = enter(self.snapshot.state)
-        cdef int i
-        if ticket.epoch.geometry != self.snapshot.snap.geometry:
-            leave(ticket)       # the snapshot has ended, and another cluster size begun
-            return False
-        for i in range(ticket.epoch.chain_count):
-            count = next_ram_run(ticket.epoch.chain[i], self.ram_next, best, &first)
-            if count:
-                best = first
-                best_count = count
-            if ticket.epoch.chain[i] == self.snapshot.snap:
-                break
-        leave(ticket)
-        if best_count == 0:
-            return False
-        if best_count > self.chunk >> bits:
-            best_count = self.chunk >> bits
-        self.ram_next = copy_run(self.snapshot.snap, best, best + best_count, &inside)
-        best_count = self.ram_next - best
-        if not inside:
-            piece.length = 0            # nothing of the snapshot's: ask again
-            return True
-        bits_set_atomic(self.taken, best, best_count)
-        piece.offset = best << bits
-        piece.length = best_count << bits
-        if piece.length > self.source.length - piece.offset:
-            piece.length = self.source.length - piece.offset
-        piece.zero = False
-        return True
-
-    cdef int64_t look_ahead(self) noexcept nogil:
-        """How long the next piece at the cursor is; 0: the end; -errno. Skips what the RAM pass has taken, and what is not in the snapshot."""
-        cdef int64_t got = SKIPPED
-        while got == SKIPPED:
-            got = self.look_at_cursor()
-        return got
-
-    cdef int64_t look_at_cursor(self) noexcept nogil:
-        """As look_ahead; SKIPPED when the cursor has moved on instead."""
-        cdef int64_t end = self.source.length
-        cdef int64_t got, cluster, clusters
-        cdef uint32_t flags = 0
-        cdef int bits
-        while self.taken != NULL and self.cursor < end:
-            bits = self.snapshot.cluster_bits
-            clusters = self.snapshot.snap.geometry.clusters
-            cluster = bits_next_zero(self.taken, self.cursor >> bits, clusters)
-            if cluster << bits > self.cursor:
-                self.cursor = cluster << bits
-                continue
-            cluster = bits_next_one(self.taken, cluster, clusters)
-            if cluster < clusters:
-                end = cluster << bits
-            break
-        if self.cursor >= end:
-            return 0
-        if self.cursor >= self.extent_end:
-            got = self.source.block_status(self.cursor, self.source.length - self.cursor, &flags)
-            if got < 0:
-                return got
-            if flags & STATUS_ABSENT:
-                # Not in the snapshot, by a bitmap: there is nothing to do, so that time follows what is in it.
-                got = min(got, end - self.cursor)
-                self.cursor += got
-                add_seq(&self.done_bytes, <uint64_t>got)
-                return SKIPPED
-            self.extent_end = self.cursor + got
-            self.extent_zero = flags & STATUS_ZERO
-        if end > self.extent_end:
-            end = self.extent_end
-        if not self.extent_zero and end - self.cursor > self.chunk:
-            # Data goes in chunks at multiples of the chunk, so that a target gets aligned writes.
-            return self.chunk - self.cursor % self.chunk
-        return end - self.cursor
+        code = self.order.next(piece)
+        if code < 0:
+            self.note_error(code, DOING_STATUS, piece.offset, self.source.length - piece.offset)
+        return code > 0
 
     # -- control plane
 
@@ -430,11 +303,11 @@ cdef class Copier:
     @property
     def done(self):
         """Bytes of the source that are dealt with."""
-        return load_seq(&self.done_bytes)
+        return load_seq(&self.done_bytes) + load_seq(&self.order.skipped)
 
     def counters(self):
         """Return done, data (written or compared) and zero, in bytes."""
-        return {"done": load_seq(&self.done_bytes), "data": load_seq(&self.data_bytes), "zero": load_seq(&self.zero_bytes)}
+        return {"done": self.done, "data": load_seq(&self.data_bytes), "zero": load_seq(&self.zero_bytes)}
 
     @property
     def error(self):

@@ -26,6 +26,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.heat cimport heat_note
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
@@ -437,6 +438,8 @@ cdef void publish(Copy *copy) noexcept nogil:
             slot_unref(store, item.slot)
     add_relaxed(&snap.preserved, <uint64_t>copy.items_count)
     add_relaxed(&snap.preserved_zero, zeroes)
+    item = &copy.items[copy.items_count - 1]
+    heat_note(copy.geometry, copy.items[0].cluster, item.cluster + 1 - copy.items[0].cluster)
 
 
 cdef void settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:

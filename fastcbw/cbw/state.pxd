@@ -20,6 +20,7 @@ cdef enum:
     SNAPSHOTS_MAX = 62          # stores and chain positions; two are kept for stores that outlive their snapshot
     DIRTY_MAX = 16              # named dirty bitmaps of a disk at once
     STRIPES = 64                # mutexes for those who wait for a claim
+    RECENT = 1024               # first touches that the ring of a geometry remembers, a power of two
 
     # Snapshot.dead
     ALIVE = 0
@@ -45,6 +46,8 @@ cdef struct Geometry:
     sparse_bits lazy            # recorded guest discards, see lazy.pyx (claim): R6, a recorded cluster is not settled; with summary
     uint64_t lazy_count         # how many are recorded (atomic)
     uint64_t waiters            # threads that wait for a claim (atomic): nobody, nothing to wake
+    uint64_t recent_count       # first touches so far (atomic), and the last of them, cluster << 16 | count: hints, see heat.pxd
+    uint64_t recent[RECENT]
     pthread_mutex_t mutex[STRIPES]
     pthread_cond_t cond[STRIPES]
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastcbw.block.device import BlockDevice
-from fastcbw.cbw.copier import ORDERS, Copier
+from fastcbw.cbw.copier import Copier
 from fastcbw.cbw.offload import offload_for
 from fastcbw.cbw.pace import Pace
+from fastcbw.cbw.policies import parse_order
 from fastcbw.cbw.reader import SnapshotDevice
 from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.increment import IncrementTarget
@@ -21,7 +22,6 @@ from fastcbw.jobs.target import Target
 
 # Named in INTERFACE, not built yet.
 _LATER = ("consume", "resume", "format", "backing")
-_ORDERS_LATER = ("disk-last", "disk-early", "zero-last", "hot-first")
 
 
 class BackupJob(Job):
@@ -29,7 +29,7 @@ class BackupJob(Job):
 
     source: a device whose content does not change (a snapshot).
     target: a path or a BlockDevice, see Target; of a snapshot of what a bitmap marks, see IncrementTarget. sources: what the target may not be.
-    order: "sequential" or "ram-first". workers: 1 to 64 threads, each with one buffer; default: as many as raise the throughput,
+    order: policies with commas, see docs/copy-order.md. workers: 1 to 64 threads, each with one buffer; default: as many as raise the throughput,
         up to 16, to a file up to half the processors and 4. in_flight: bytes of all buffers together (while verifying: twice
         that), a limit; default: 16 MiB; with workers, 256 KiB for each. rate: bytes a second, a limit. guest_p99: milliseconds, the
         guest's p99 write latency that the job slows down for. verify: read the target again and compare it with the source.
@@ -61,7 +61,7 @@ class BackupJob(Job):
                 raise TypeError(f"backup: unknown option {option!r}")
             if value not in (None, False):
                 raise ValueError(f"{option}: {value!r}: this option is not built yet")
-        _check_order(order)
+        parse_order(order)
         if workers is not None:
             check_workers(workers)
         limit = check_in_flight(in_flight, workers)
@@ -200,11 +200,3 @@ class BackupJob(Job):
             done += self._verifier.done if self._verifier is not None else 0
         elapsed = self.elapsed()
         return {"done": done, "total": total, "bytes_per_s": int(done / elapsed) if elapsed else 0}
-
-
-def _check_order(order: str) -> None:
-    for policy in str(order).split(","):
-        if policy in _ORDERS_LATER:
-            raise ValueError(f"order: {policy!r} is not built yet (there is {', '.join(ORDERS)})")
-    if order not in ORDERS:
-        raise ValueError(f"order: {order!r} is unknown (there is {', '.join(ORDERS)}, one of them)")

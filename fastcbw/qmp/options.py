@@ -5,8 +5,10 @@ A value that is not built yet is refused by name, here and for both; it is never
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from fastcbw.cbw.policies import ORDERS, parse_order
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Option:
 
     name: as on the command line, without the dashes. type: a type of the schema, for both.
     choices: every value the interface knows; built: those that exist now (None: any; empty: the option itself is not
-    built, so only ``off`` may be given). off: the value that asks for nothing.
+    built, so only ``off`` may be given). off: the value that asks for nothing. check: raises ValueError, with the option's name
+    in front, for a value that can't be had; choices are then what to name in the help.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Option:
     choices: tuple[str, ...] = ()
     built: tuple | None = None
     off: object = None
+    check: Callable[[str], object] | None = None
 
     @property
     def keyword(self) -> str:
@@ -32,10 +36,13 @@ class Option:
     def refusal(self, value, dashes: str = "") -> str | None:
         """Return why VALUE can't be had, one line, or None when it can. DASHES: how the option is written."""
         name = dashes + self.name
-        if self.choices and value not in self.choices:
-            several = "," in value and all(part in self.choices for part in value.split(","))
-            what = "is unknown" if not several else "is not built yet: only one at a time"
-            return f"{name}: {value!r} {what} (one of {', '.join(self.built or self.choices)})"
+        if self.check is not None:
+            try:
+                self.check(value)
+            except ValueError as error:
+                return f"{dashes}{error}"
+        elif self.choices and value not in self.choices:
+            return f"{name}: {value!r} is unknown (one of {', '.join(self.built or self.choices)})"
         if self.built is None or value in self.built or value == self.off:
             return None
         if not self.built:
@@ -63,10 +70,8 @@ SNAPSHOT_OPTIONS = (
            choices=("none", "process", "power"), built=("none",)),
 )
 
-ORDERS = ("sequential", "ram-first", "disk-last", "disk-early", "zero-last", "hot-first")
-
 BACKUP_OPTIONS = (
-    Option("order", "str", "copy order (default sequential)", choices=ORDERS, built=("sequential", "ram-first")),
+    Option("order", "str", "copy order, one policy or several with commas (default sequential)", choices=ORDERS, check=parse_order),
     Option("workers", "int", "threads that copy"),
     Option("in-flight", "size", "most bytes of the job in flight"),
     Option("verify", "bool", "read the target again and compare it with the snapshot"),

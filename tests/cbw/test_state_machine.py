@@ -202,7 +202,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert buffer == plain.read(offset, length)
 
     @precondition(lambda self: self.model.live)
-    @rule(data=st.data(), order=st.sampled_from(["sequential", "ram-first"]), workers=st.integers(1, 3),
+    @rule(data=st.data(), order=st.sampled_from(["sequential", "ram-first", "disk-last,zero-last", "hot-first,disk-early"]), workers=st.integers(1, 3),
           chunk=st.sampled_from([4096, 12288, 65536]), verify=st.booleans())
     def backup(self, data, order, workers, chunk, verify):
         snapshot = data.draw(st.sampled_from(self.model.live))

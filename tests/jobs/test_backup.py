@@ -69,7 +69,7 @@ def snapshot(disk):
     return disk.snapshot("s", cluster_size="4K", ram="16M")
 
 
-@pytest.mark.parametrize("order", ["sequential", "ram-first"])
+@pytest.mark.parametrize("order", ["sequential", "hot-first,ram-first,zero-last"])
 @pytest.mark.parametrize("workers, in_flight", [(1, 4096), (1, "1M"), (3, "36K"), (8, "2M"), (64, "1M")])
 @pytest.mark.parametrize("cluster", ["4K", "64K", "1M"])
 def test_backup_is_the_snapshot_with_any_workers_chunk_and_cluster(disk, tmp_path, order, workers, in_flight, cluster):
@@ -325,7 +325,7 @@ def test_a_job_can_be_awaited(snapshot, tmp_path):
 
 @pytest.mark.parametrize("options, error, words", [
     ({"order": "random"}, ValueError, "order: 'random' is unknown"),
-    ({"order": "disk-last"}, ValueError, "order: 'disk-last' is not built yet"),
+    ({"order": "disk-last,disk-early"}, ValueError, "order: 'disk-early' and 'disk-last' contradict each other"),
     ({"order": None}, ValueError, "order"),
     ({"workers": 0}, ValueError, "workers: 0"),
     ({"workers": 65}, ValueError, "workers: 65"),

@@ -60,7 +60,7 @@ def test_an_unknown_command_has_the_error_class_of_qemu():
     (SNAPSHOT_OPTIONS, {"durability": "power"}, "durability: 'power' is not built yet"),
     (SNAPSHOT_OPTIONS, {"export": "discard"}, "export: 'discard' is not built yet"),
     (BACKUP_OPTIONS, {"consume": True}, "consume: not built yet"),
-    (BACKUP_OPTIONS, {"order": "hot-first"}, r"order: 'hot-first' is not built yet \(what exists: sequential, ram-first"),
+    (BACKUP_OPTIONS, {"order": "hot-first,up"}, r"order: 'up' is unknown \(there is sequential, ram-first"),
 ])
 def test_an_option_that_is_not_built_is_refused_by_name(options, given, text):
     assert re.match(text, refusals(options, given))

@@ -1,0 +1,17 @@
+from collections.abc import Iterator
+
+import numpy
+from numpy.typing import NDArray
+
+from fastcbw.block.device import BlockDevice
+
+ORDERS: tuple[str, ...]
+ORDER_DTYPE: numpy.dtype
+
+class Order(Iterator[NDArray[numpy.void]]):
+    source: BlockDevice
+    policy: str
+    chunk: int
+    def __init__(self, source: BlockDevice, policy: str = ..., *, chunk: int = ...) -> None: ...
+    def __iter__(self) -> Order: ...
+    def __next__(self) -> NDArray[numpy.void]: ...
