@@ -9,9 +9,11 @@ cdef class SectorLoad:
     cdef uint64_t *issued           # [sectors] versions: stored before a write is sent ...
     cdef uint64_t *acknowledged     # ... and after it has returned (atomic)
     cdef int64_t sectors
-    cdef uint64_t focus             # 0: rest; n + 1: write the sectors of the n-th stretch, again and again (atomic)
+    cdef uint64_t turn              # sweeps begun (atomic)
+    cdef uint64_t first             # sectors of the present sweep: set before `turn`
+    cdef uint64_t count
+    cdef uint64_t ended             # writers that are through with it (atomic)
     cdef uint64_t stopping          # atomic
-    cdef readonly int64_t stretch   # sectors
     cdef uint64_t writes            # atomic counter
     cdef uint64_t error             # errno of the first write that failed (atomic)
 

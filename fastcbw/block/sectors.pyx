@@ -2,13 +2,13 @@
 
 A sector of version v of sector s holds the two words (s, v) thirty-two times. Writer i of N owns the sectors s with s % N == i, so
 that the versions of a sector are ordered: what holds after a write was acknowledged, and before it was issued, can be checked of
-any image of the disk. All writers work on the stretch of sectors that the test points at, until it points elsewhere.
+any image of the disk. In a sweep each writer writes its own sectors of a range once, all of them side by side; then they rest.
 """
 
 from libc.stdint cimport int64_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
-from fastcbw.kernels.atomic cimport add_relaxed, cas_seq, load_relaxed, load_seq, store_seq
+from fastcbw.kernels.atomic cimport add_relaxed, add_seq, cas_seq, load_relaxed, load_seq, store_seq
 from fastcbw.sync cimport sleep_ns
 
 import numpy as _np
@@ -18,15 +18,14 @@ cdef enum:
 
 
 cdef class SectorLoad:
-    """Writers of DEVICE. stretch: sectors that all work on at a time. Call run() in as many threads as shall write."""
+    """Writers of DEVICE. Call run() in as many threads as shall write."""
 
-    def __cinit__(self, BlockDevice device not None, int64_t stretch):
+    def __cinit__(self, BlockDevice device not None):
         cdef uint64_t[::1] issued, acknowledged
         self.device = device
-        self.stretch = stretch
-        self.sectors = device.length // SECTOR // stretch * stretch
-        if self.sectors <= 0:
-            raise ValueError(f"stretch: {stretch} sectors are not in {device.length} bytes")
+        self.sectors = device.length // SECTOR
+        if self.sectors == 0:
+            raise ValueError(f"{device.name}: has no whole sector")
         issued = _np.zeros(self.sectors, _np.uint64)
         acknowledged = _np.zeros(self.sectors, _np.uint64)
         self.arrays = (issued.base, acknowledged.base)
@@ -34,24 +33,25 @@ cdef class SectorLoad:
         self.acknowledged = &acknowledged[0]
 
     def run(self, int64_t number, int64_t writers):
-        """Write as writer NUMBER of WRITERS until stop(). Holds no interpreter lock."""
+        """Write as writer NUMBER of WRITERS in every sweep until stop(). Holds no interpreter lock."""
         cdef uint64_t data[64]
-        cdef uint64_t focus
-        cdef int64_t sector = number
+        cdef uint64_t turn = 0
+        cdef int64_t sector, end
         cdef int code
         with nogil:
             while not load_seq(&self.stopping):
-                focus = load_seq(&self.focus)
-                if focus == 0:
-                    sleep_ns(2000)
+                if load_seq(&self.turn) == turn:
+                    sleep_ns(1000)
                     continue
-                sector += writers
-                if sector >= self.stretch:
-                    sector = number
-                code = self.write(<int64_t>(focus - 1) * self.stretch + sector, data)
-                if code:
-                    cas_seq(&self.error, 0, <uint64_t>-code)
-                    break
+                turn = load_seq(&self.turn)
+                end = <int64_t>(self.first + self.count)
+                sector = (<int64_t>self.first + writers - 1 - number) // writers * writers + number
+                while sector < end:
+                    code = self.write(sector, data)
+                    if code:
+                        cas_seq(&self.error, 0, <uint64_t>-code)
+                    sector += writers
+                add_seq(&self.ended, 1)
 
     cdef int write(self, int64_t sector, uint64_t *data) noexcept nogil:
         cdef uint64_t version = load_relaxed(&self.issued[sector]) + 1
@@ -65,9 +65,20 @@ cdef class SectorLoad:
         add_relaxed(&self.writes, 1)
         return code
 
-    def point_at(self, stretch):
-        """Have the writers work on the STRETCH-th stretch; None: let them rest (a write may still be under way)."""
-        store_seq(&self.focus, 0 if stretch is None else <uint64_t>stretch + 1)
+    def sweep(self, first, count):
+        """Have the writers write the sectors first..first+count once. The sweep before has ended."""
+        if first < 0 or count < 0 or first > self.sectors - count:
+            raise ValueError(f"sweep: sectors {first}+{count} are not within {self.sectors}")
+        self.first = first
+        self.count = count
+        store_seq(&self.ended, 0)
+        add_seq(&self.turn, 1)
+
+    def wait(self, uint64_t writers):
+        """Return when the sweep has been ended by all WRITERS: no write is under way."""
+        with nogil:
+            while load_seq(&self.ended) < writers and not load_seq(&self.stopping):
+                sleep_ns(1000)
 
     def stop(self):
         """Let the writers end."""
