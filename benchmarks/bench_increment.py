@@ -67,8 +67,8 @@ def test_one_percent(folder, full, note):
     shutil.copy(image, f"{folder}/backup")
     shutil.copy(image, f"{folder}/qemu.backup")
     times = {"fastcbw": [], "bare copy": [], "qemu": []}
-    with QemuIncrements(theirs, folder) as qemu, fastcbw.open(image) as disk, Client(qemu.socket, "disk") as guest, \
-            QmpClient(qemu.qmp) as monitor, FileDevice(f"{folder}/disk") as source, FileDevice(f"{folder}/backup") as target:
+    with QemuIncrements(theirs, folder) as qemu, fastcbw.open(image, lock=False) as disk, Client(qemu.socket, "disk") as guest, \
+            QmpClient(qemu.qmp) as monitor, FileDevice(f"{folder}/disk", lock=False) as source, FileDevice(f"{folder}/backup") as target:
         disk.add_bitmap("b")
         monitor.execute("block-dirty-bitmap-add", node="disk", name="b", granularity=PIECE)
         for number in range(rounds):

@@ -7,7 +7,7 @@ location maps tell where nothing was ever preserved, so that a walk over a large
 
 from libc.stdint cimport int64_t, uint64_t
 
-from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_leaf, map_next_leaf
+from fastcbw.cbw.locmap cimport LEAF_CLUSTERS, map_leaf, map_next_leaf_before
 from fastcbw.cbw.state cimport Epoch, Snap
 from fastcbw.kernels.atomic cimport load_relaxed
 
@@ -18,7 +18,7 @@ cdef int64_t kinds_untouched(const Epoch *epoch, const Snap *snap, int64_t first
     if epoch.geometry != snap.geometry:
         return end              # the snapshot has ended, and another cluster size begun
     for i in range(epoch.chain_count):
-        leaf = map_next_leaf(&(<Snap *>epoch.chain[i]).map, first)
+        leaf = map_next_leaf_before(&(<Snap *>epoch.chain[i]).map, first, end)
         if leaf <= first:
             return first
         if leaf < end:

@@ -58,3 +58,5 @@ cdef const uint64_t *map_leaf(LocationMap *map, int64_t cluster) noexcept nogil 
 cdef uint64_t map_get(LocationMap *map, int64_t cluster) noexcept nogil             # acquire
 cdef uint64_t *map_place(LocationMap *map, int64_t cluster) noexcept nogil          # its word, leaf made as needed; NULL: no memory
 cdef int64_t map_next_leaf(LocationMap *map, int64_t cluster) noexcept nogil        # first cluster of the next leaf at or after, or clusters
+# As map_next_leaf, but looks no further than END: anything from END on when there is none before it.
+cdef int64_t map_next_leaf_before(LocationMap *map, int64_t cluster, int64_t end) noexcept nogil

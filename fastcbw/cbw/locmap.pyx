@@ -64,7 +64,13 @@ cdef void map_free(LocationMap *map) noexcept nogil:
 
 
 cdef const uint64_t *map_leaf(LocationMap *map, int64_t cluster) noexcept nogil:
-    return <const uint64_t *>load_acquire(map.roots + cluster // LEAF_CLUSTERS)
+    # First whether any leaf is there: to look into a page of the root that was never touched costs a fault, and a page table
+    # of its own on a large disk. The bit is set before the pointer is published, so that who has to find the leaf finds it.
+    cdef int64_t root = cluster // LEAF_CLUSTERS
+    cdef int64_t page = root // ROOTS_PER_PAGE
+    if not (load_acquire(map.touched + page // 64) >> (page % 64)) & 1:
+        return NULL
+    return <const uint64_t *>load_acquire(map.roots + root)
 
 
 cdef uint64_t map_get(LocationMap *map, int64_t cluster) noexcept nogil:
@@ -109,12 +115,16 @@ cdef uint64_t *install_leaf(LocationMap *map, int64_t root) noexcept nogil:
 
 
 cdef int64_t map_next_leaf(LocationMap *map, int64_t cluster) noexcept nogil:
+    return map_next_leaf_before(map, cluster, map.clusters)
+
+
+cdef int64_t map_next_leaf_before(LocationMap *map, int64_t cluster, int64_t limit) noexcept nogil:
     cdef int64_t root = cluster // LEAF_CLUSTERS
-    cdef int64_t end = roots_of(map.clusters)
+    cdef int64_t end = roots_of(limit if limit < map.clusters else map.clusters)
     cdef int64_t page, page_end
     while root < end:
         page = root // ROOTS_PER_PAGE
-        page_end = bits_next_one(map.touched, page, pages_of(map.clusters))
+        page_end = bits_next_one(map.touched, page, (end + ROOTS_PER_PAGE - 1) // ROOTS_PER_PAGE)
         if page_end != page:
             page = page_end
             root = page * ROOTS_PER_PAGE

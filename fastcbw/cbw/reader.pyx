@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset, strerror
 
 from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
-from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf, word_position,
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf_before, word_position,
                                  word_slot, word_store, word_tag)
 from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
                                 WHY_TIMEOUT, copy_run, enter, leave, lookup, snap_unref)
@@ -437,14 +437,14 @@ cdef int64_t next_held(const Epoch *epoch, Snap *snap, int64_t cluster, int64_t 
     if epoch.geometry != snap.geometry:
         return end                  # as in lookup()
     for k in range(epoch.chain_count):
-        leaf = map_next_leaf(&(<Snap *>epoch.chain[k]).map, cluster)
+        leaf = map_next_leaf_before(&(<Snap *>epoch.chain[k]).map, cluster, end)
         while leaf < end:
             words = map_leaf(&(<Snap *>epoch.chain[k]).map, leaf)
             for at in range(leaf if leaf > cluster else cluster, leaf + LEAF_CLUSTERS if leaf + LEAF_CLUSTERS < end else end):
                 if load_acquire(words + at % LEAF_CLUSTERS) != WORD_NONE:
                     end = at        # nothing beyond it matters any more, in this map and in the older ones
                     break
-            leaf = map_next_leaf(&(<Snap *>epoch.chain[k]).map, leaf + LEAF_CLUSTERS)
+            leaf = map_next_leaf_before(&(<Snap *>epoch.chain[k]).map, leaf + LEAF_CLUSTERS, end)
         if epoch.chain[k] == snap:
             break
     return end

@@ -29,7 +29,7 @@ from fastcbw.cbw.store cimport Store, store_free
 from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq, bits_next_zero
-from fastcbw.kernels.sparse cimport sparse_bits, sparse_mark, sparse_next_one, summary_bits
+from fastcbw.kernels.sparse cimport sparse_bits, sparse_mark, sparse_next_one, sparse_test, summary_bits
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
 
@@ -369,7 +369,7 @@ cdef void snap_free(Snap *snap) noexcept nogil:
 
 
 cdef bint in_copy(const Snap *snap, int64_t cluster) noexcept nogil:
-    if (load_acquire(snap.not_copy.words + cluster // 64) >> (cluster % 64)) & 1:
+    if sparse_test(&snap.not_copy, cluster):
         return False
     return not load_acquire(&snap.within_set) or (load_relaxed(snap.within.words + cluster // 64) >> (cluster % 64)) & 1
 

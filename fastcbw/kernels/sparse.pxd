@@ -5,6 +5,7 @@
 # thread that knows that a bit was set (by any synchronisation) therefore finds its page marked.
 from libc.stdint cimport int64_t, uint64_t
 
+from fastcbw.kernels.atomic cimport load_acquire
 from fastcbw.kernels.bits cimport bit_run
 
 cdef enum:
@@ -21,6 +22,12 @@ cdef void sparse_mark(sparse_bits *bitmap, int64_t first, int64_t count) noexcep
 cdef void sparse_set_atomic(sparse_bits *bitmap, int64_t first, int64_t count) noexcept nogil   # release
 # The first stretch of first..end that may hold ones: where it begins (end when there is none) and *stop, where it ends.
 cdef int64_t sparse_stretch(const sparse_bits *bitmap, int64_t first, int64_t end, int64_t *stop) noexcept nogil
+cdef inline bint sparse_test(const sparse_bits *bitmap, int64_t index) noexcept nogil:
+    # One bit, acquire; a page that holds no ones is not touched.
+    if bitmap.summary != NULL and not (load_acquire(bitmap.summary + (index >> 21)) >> ((index >> 15) & 63)) & 1:
+        return False
+    return (load_acquire(bitmap.words + (index >> 6)) >> (index & 63)) & 1
+
 cdef int64_t sparse_next_one(const sparse_bits *bitmap, int64_t first, int64_t end) noexcept nogil      # index, or end
 # As bits_next_run and bits_runs.
 cdef int64_t sparse_next_run(const sparse_bits *bitmap, int64_t first, int64_t end, int64_t *run_first) noexcept nogil
