@@ -11,19 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import numpy
+from numpy.typing import NDArray
+
 from fastcbw.block.device import BlockDevice
 from fastcbw.block.image import as_device
 from fastcbw.block.nbd import NbdDevice
 from fastcbw.block.nbd_uri import is_nbd_uri, parse_nbd_uri
 from fastcbw.block.python import Device
+from fastcbw.cbw.access import map_extents
 from fastcbw.cbw.dirty import DirtyBitmap
 from fastcbw.cbw.engine import Engine, take_snapshots
+from fastcbw.cbw.latency import LatencyMeter
 from fastcbw.cbw.options import SnapshotOptions, check_name
+from fastcbw.cbw.order import Order
+from fastcbw.cbw.policies import ORDER_DEFAULT
 from fastcbw.errors import Error
 from fastcbw.export.nbd.contexts import MetaContext
 from fastcbw.export.nbd.dirty import contexts_of_disk, contexts_of_snapshot
 from fastcbw.export.nbd.server import Server
 from fastcbw.jobs.backup import BackupJob
+from fastcbw.units import parse_size
 
 _numbers = itertools.count(1)
 _open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
@@ -173,6 +181,17 @@ class Disk:
             self._server = server
             return server
 
+    def latency_meter(self) -> LatencyMeter:
+        """Return a meter of the latency of guest writes, settled and preserving ones apart; they are measured until its close()."""
+        return self._engine.latency_meter()
+
+    def map(self, offset: int = 0, length: int | None = None) -> NDArray[numpy.void]:
+        """Return what is known of a range (default: to the end): offset, length (bytes), flags (as extents), access (bits).
+
+        access: 1 readable, 16 changed since the newest snapshot; see fastcbw.cbw.access. A structured array of MAP_DTYPE.
+        """
+        return _whole_map(self.device, offset, length)
+
     def status(self) -> dict[str, Any]:
         """Return the facts of the disk and of its snapshots, ready for JSON."""
         return {
@@ -237,7 +256,7 @@ class Snapshot:
         """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
 
         Of a snapshot of what a bitmap marks only that is copied, into a full backup that exists: a file needs force=True.
-        Keywords: order="sequential" or "ram-first", workers=None, in_flight=None, verify=False, force=False. See BackupJob.
+        Keywords: order="sequential" (policies with commas, docs/copy-order.md), workers=None, in_flight=None, verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
         if target is self.device or target is self.disk.device or target is self.disk._child:
@@ -266,6 +285,21 @@ class Snapshot:
             handed, self._handed = self._handed, None
         if handed is not None:
             self.disk._engine.bitmaps.give_back(handed, success)
+
+    def order(self, policy: str = ORDER_DEFAULT, *, chunk: int | str = "256K") -> Iterator[NDArray[numpy.void]]:
+        """Return an iterator over the snapshot in the copy order POLICY, as structured arrays: offset, length (bytes), class.
+
+        Each byte that can be read comes once. Rows are chosen when an array is asked for, so that what the guest does meanwhile counts. chunk:
+        a short run takes its neighbours along, up to an eighth of that. Raises ValueError for what is no order.
+        """
+        return Order(self.device, policy, chunk=parse_size(chunk, "chunk"))
+
+    def map(self, offset: int = 0, length: int | None = None) -> NDArray[numpy.void]:
+        """Return what is known of a range (default: to the end): offset, length (bytes), flags (as extents), access (bits).
+
+        access: 1 readable, 2 in RAM, 4 in the disk tier, 8 zero, 16 changed. A structured array of MAP_DTYPE.
+        """
+        return _whole_map(self.device, offset, length)
 
     def hold(self) -> None:
         """Keep the snapshot from being closed; for exports and jobs. Error when it is closed already."""
@@ -385,6 +419,16 @@ def _take(disks: Sequence[Disk], name: str, options: dict[str, Any]) -> list[Sna
         if snapshot.disk._server is not None:
             snapshot._export(snapshot.disk._server)
     return taken
+
+
+def _whole_map(device: BlockDevice, offset: int, length: int | None) -> NDArray[numpy.void]:
+    end = device.length if length is None else offset + length
+    rows, offset = map_extents(device, offset, end - offset)
+    parts = [rows]
+    while offset is not None:
+        rows, offset = map_extents(device, offset, end - offset)
+        parts.append(rows)
+    return numpy.concatenate(parts)
 
 
 def _install_hooks() -> None:

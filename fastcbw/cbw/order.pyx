@@ -24,7 +24,7 @@ from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_ZERO
 from fastcbw.cbw.heat cimport Heat, heat_covers, heat_feed, heat_forget, heat_hottest, heat_init
 from fastcbw.cbw.kinds cimport Kinds, kinds_of_word, kinds_untouched
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport Epoch, Geometry, RECENT, Snap, Ticket, bitmap_bytes, enter, leave
+from fastcbw.cbw.state cimport Epoch, Geometry, RECENT, Snap, Ticket, bitmap_bytes, copy_run, enter, leave
 from fastcbw.kernels.atomic cimport add_relaxed, load_relaxed
 from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
 from fastcbw.kernels.sparse cimport PAGE_BITS, sparse_mark, sparse_set_atomic, sparse_stretch, summary_bits
@@ -43,6 +43,7 @@ cdef enum:
     STRETCHES = 4096        # looked at while counted once: a creation waits for that
     GATHER = 8              # a run shorter than this part of a chunk takes its neighbours along
     ROWS = 1024             # of one array of the iterator
+    LOOKED_AT = 100000      # extents, for one page
 
 cdef uint64_t ONES = ~(<uint64_t>0)
 
@@ -391,11 +392,11 @@ cdef class Order:
         return self
 
     def __next__(self):
-        """The next runs as a structured array of ORDER_DTYPE, at most ROWS of them, chosen when asked for."""
+        """The next runs as a structured array of ORDER_DTYPE, about ROWS of them, chosen when asked for; what can't be read is left out."""
         cdef Run run
         cdef int64_t limit = (self.chunk + ((<int64_t>1) << self.bits) - 1) >> self.bits
-        cdef int64_t end
-        cdef bint found
+        cdef int64_t end, until
+        cdef bint found, inside = True
         rows = []
         self.source.check_open()
         while len(rows) < ROWS:
@@ -407,8 +408,13 @@ cdef class Order:
                 pthread_mutex_unlock(&self.lock)
             if not found:
                 break
-            end = min((run.first + run.count) << self.bits, self.source.length)
-            rows.append((run.first << self.bits, end - (run.first << self.bits), run.of_class))
+            while run.count:
+                until = run.first + run.count if self.snapshot is None else copy_run(self.snapshot.snap, run.first, run.first + run.count, &inside)
+                if inside:
+                    end = min(until << self.bits, self.source.length)
+                    rows.append((run.first << self.bits, end - (run.first << self.bits), run.of_class))
+                run.count -= until - run.first
+                run.first = until
         if not rows:
             raise StopIteration
         return _np.array(rows, dtype=ORDER_DTYPE)
@@ -462,3 +468,46 @@ cdef int class_extent(SnapshotDevice snapshot, const Classes *classes, const Hea
     leave(ticket)
     stop[0] = first if first > begin else begin + 1
     return found if found >= 0 else classes.of_kind[COLD]
+
+
+def order_page(SnapshotDevice snapshot not None, str policy, start=0, int64_t limit=1000):
+    """Return (rows, next): a page of the copy order as a structured array of ORDER_DTYPE, without any state between pages.
+
+    start: 0, or what the last page said is next. next: None after the last. A page holds up to LIMIT rows, and may hold none when much had
+    to be passed over. What changes its class between two pages may be in both or in neither.
+    """
+    cdef Classes classes
+    cdef Heat heat
+    cdef int bits = snapshot.cluster_bits
+    cdef int64_t clusters = (snapshot.length + ((<int64_t>1) << bits) - 1) >> bits
+    cdef int64_t first, until, inside_end, at, end
+    cdef int here, of_class
+    cdef bint inside = False
+    cdef int64_t left = LOOKED_AT
+    snapshot.check_open()
+    classes_fill(&classes, policy)
+    if limit < 1:
+        raise ValueError(f"limit: {limit} is less than 1")
+    if not 0 <= start < classes.count * clusters:
+        raise ValueError(f"start: {start} is not within this order (give 0, or what the page before said is next)")
+    heat_init(&heat, bits)
+    heat_feed(&heat, snapshot.snap.geometry)
+    of_class, first = divmod(start, clusters)
+    rows = []
+    while of_class < classes.count and len(rows) < limit and left:
+        with nogil:
+            inside_end = copy_run(snapshot.snap, first, clusters, &inside)
+            until = inside_end
+            here = class_extent(snapshot, &classes, &heat, first, inside_end, &until) if inside else -1
+        left -= 1
+        if here == of_class:
+            at, end = first << bits, min(until << bits, snapshot.length)
+            if rows and rows[-1][0] + rows[-1][1] == at and rows[-1][2] == here:
+                rows[-1] = (rows[-1][0], end - rows[-1][0], here)
+            else:
+                rows.append((at, end - at, here))
+        first = until
+        if first >= clusters:
+            first = 0
+            of_class += 1
+    return _np.array(rows, dtype=ORDER_DTYPE), of_class * clusters + first if of_class < classes.count else None

@@ -21,6 +21,7 @@ _RANKS: dict[str, tuple[dict[str, int], int]] = {
     "hot-first": ({"hot": 0}, 1),
 }
 ORDERS = tuple(_RANKS)
+ORDER_DEFAULT = "sequential"
 
 
 def parse_order(order: str) -> list[str]:

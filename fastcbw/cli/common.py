@@ -146,13 +146,21 @@ def print_json(value) -> None:
 
 
 def print_table(heads: tuple[str, ...], rows: list[tuple]) -> None:
-    """Print ROWS under HEADS, columns as wide as needed; numbers to the right."""
+    """Print ROWS under HEADS, as table_lines gives them."""
+    for line in table_lines(heads, rows):
+        print(line)
+
+
+def table_lines(heads: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    """Return ROWS under HEADS as lines, columns as wide as needed; numbers to the right."""
     cells = [tuple(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *cells)]
     right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(heads))]
+    lines = []
     for line in (heads, *cells):
         padded = [cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, right)]
-        print("  ".join(padded).rstrip())
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def terminate_as_interrupt() -> None:

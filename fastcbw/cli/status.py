@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from fastcbw.cli.common import add_json, add_qmp, connect, print_json, print_table
+from fastcbw.cli.common import UsageError, add_json, add_qmp, connect, print_json, print_table
 from fastcbw.units import format_size
 
 
 def add_parser(verbs) -> None:
     parser = verbs.add_parser("status", help="show disks, snapshots, exports and jobs of a running daemon")
+    parser.add_argument("--prometheus", action="store_true", help="print all counters in Prometheus' text format")
     add_qmp(parser)
     add_json(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.prometheus and arguments.json:
+        raise UsageError("--prometheus: has a format of its own (leave --json out)")
     with connect(arguments) as daemon:
+        if arguments.prometheus:
+            print(daemon.metrics(), end="")
+            return 0
         status = daemon.status()
         snapshots = daemon.snapshots()
     if arguments.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastcbw.errors import Error
 from fastcbw.qmp.bitmaps import BITMAP_COMMANDS
+from fastcbw.qmp.cache_commands import CACHE_COMMANDS
 from fastcbw.qmp.daemon import Daemon
 from fastcbw.qmp.errors import QmpError
 from fastcbw.qmp.introspection import describe_schema
@@ -120,4 +121,5 @@ COMMANDS = Schema([
     *JOB_COMMANDS,
     *NODE_COMMANDS,
     *BITMAP_COMMANDS,
+    *CACHE_COMMANDS,
 ])

@@ -21,6 +21,7 @@ from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import Listener, listen_unix
 from fastcbw.export.nbd.server import Server
 from fastcbw.qmp.jobs import JobRecord, JobTable
+from fastcbw.qmp.metrics import LatencyMeters
 from fastcbw.qmp.nodes import Nodes
 from fastcbw.qmp.server import QmpServer
 from fastcbw.version import __version__
@@ -37,6 +38,7 @@ class Daemon:
         self.disks: dict[str, object] = {}
         self.jobs = JobTable(self.emit)
         self.nodes = Nodes(self)
+        self.latencies = LatencyMeters(self)
         self.nbd: Server | None = None
         self.qmp: QmpServer | None = None
         self._change = threading.RLock()
@@ -264,7 +266,7 @@ class Daemon:
             return
         self._closed = True
         steps = [self.qmp.close] if self.qmp is not None else []  # first: nobody may begin anything any more
-        steps.append(self.jobs.close)
+        steps += [self.jobs.close, self.latencies.close]
         if self.nbd is not None:
             steps.append(self.nbd.close)
         steps.append(self.nodes.close)

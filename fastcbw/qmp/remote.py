@@ -14,6 +14,8 @@ from fastcbw.qmp.remote_bitmaps import RemoteBitmap
 
 #: How often a waiter looks at a job.
 POLL_SECONDS = 0.1
+#: Extents asked for at once: a reply of some MiB.
+PAGE_ROWS = 10000
 
 
 def connect(path: str | os.PathLike, timeout: float | None = 60.0) -> RemoteDaemon:
@@ -44,6 +46,30 @@ class RemoteDaemon:
     def snapshots(self) -> list[dict]:
         """Return what the daemon knows of each snapshot."""
         return self.client.execute("fastcbw-snapshot-list")
+
+    def latencies(self) -> dict:
+        """Return the histograms of guest write latency, measured from the first time this is asked for."""
+        return self.client.execute("fastcbw-latency")
+
+    def metrics(self) -> str:
+        """Return all counters in Prometheus' text format."""
+        return self.client.execute("fastcbw-metrics")["text"]
+
+    def map(self, disk: str, snapshot: str | None = None) -> list[dict]:
+        """Return the map of a disk, or of a snapshot of it: extents with the keys of `qemu-img map`, and state."""
+        return self._pages("fastcbw-map", disk=disk, snapshot=snapshot)
+
+    def order(self, disk: str, snapshot: str, policy: str | None = None) -> list[dict]:
+        """Return the extents of a snapshot in copy order, with their class. What moves meanwhile may be missing or twice."""
+        return self._pages("fastcbw-order", disk=disk, snapshot=snapshot, order=policy)
+
+    def _pages(self, command: str, **arguments) -> list[dict]:
+        extents, start = [], 0
+        while start is not None:
+            page = self.client.execute(command, start=start, limit=PAGE_ROWS, **arguments)
+            extents += page["extents"]
+            start = page.get("next")
+        return extents
 
     @property
     def jobs(self) -> Mapping[str, RemoteJob]:

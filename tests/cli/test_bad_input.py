@@ -189,7 +189,7 @@ def test_wrong_usage_is_named(refused, image, arguments, text):
     refused(2, text, *arguments)
 
 
-@pytest.mark.parametrize("verb", ["restore", "map", "top", "compare"])
+@pytest.mark.parametrize("verb", ["restore", "compare"])
 def test_a_verb_that_is_not_built(refused, verb):
     refused(2, f"{verb}: not built yet", verb, "--json", "x")
 

@@ -29,6 +29,7 @@ from fastcbw.block.device import BlockDevice
 from fastcbw.errors import Error
 from fastcbw.export.nbd import listen
 from fastcbw.export.nbd.answers import COUNTERS
+from fastcbw.export.nbd.cache_contexts import contexts_of
 from fastcbw.export.nbd.contexts import AllocationContext, MetaContext
 from fastcbw.export.nbd.handshake import DEADLINE_SECONDS, Handshake, HandshakeEnded
 from fastcbw.export.nbd.pool import BufferPool
@@ -73,7 +74,7 @@ class Export:
     def contexts(self) -> dict[str, MetaContext]:
         """The meta contexts by name, as they are now; base:allocation first."""
         more = self._contexts() if callable(self._contexts) else self._contexts
-        return {c.BASE_ALLOCATION: AllocationContext(self.device), **(more or {})}
+        return {c.BASE_ALLOCATION: AllocationContext(self.device), **contexts_of(self.device), **(more or {})}
 
     @property
     def connections(self) -> int:
@@ -247,7 +248,7 @@ class Server:
 
         read_only: None takes the device's; a read-only device can't be exported writable.
         background: its clients use only the part of the pool above the guests' reserve.
-        contexts: meta contexts beside base:allocation, by name; or what returns them, asked anew in each handshake.
+        contexts: meta contexts beside base:allocation and those of contexts_of, by name; or what returns them, asked anew in each handshake.
         on_connect: called before a client gets the export, in the connection's thread; an Error it raises refuses the
             client with that text. on_disconnect: called once after each successful on_connect, when the client has left.
         Raises ValueError for a name that is taken, empty or longer than 4096 bytes, and for read_only=False of a
