@@ -23,7 +23,7 @@ from fastcbw.cbw.access import map_extents
 from fastcbw.cbw.dirty import DirtyBitmap
 from fastcbw.cbw.engine import Engine, take_snapshots
 from fastcbw.cbw.latency import LatencyMeter
-from fastcbw.cbw.options import SnapshotOptions, check_name
+from fastcbw.cbw.options import SnapshotOptions, check_name, check_policies
 from fastcbw.cbw.order import Order
 from fastcbw.cbw.policies import ORDER_DEFAULT
 from fastcbw.errors import Error
@@ -313,6 +313,26 @@ class Snapshot:
         """Undo one hold()."""
         with self._lock:
             self._holds -= 1
+
+    def set_limits(self, *, ram: int | str | None = None, spill_limit: int | str | None = None) -> None:
+        """Change the limits of the tiers of a snapshot that lives; None leaves one as it is.
+
+        A limit below what is used takes effect as far as there is room: from now on nothing is taken above it, the flusher
+        moves down what the disk tier has room for, and memory that comes free above it goes back to the system.
+        status() shows limit and use. Raises ValueError, TypeError, LimitReached, SnapshotBroken; then nothing has changed.
+        """
+        try:
+            self.disk._engine.set_limits(self.name, ram=ram, spill_limit=spill_limit)
+        except KeyError:
+            raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted") from None
+
+    def set_policy(self, *, on_full: str | None = None, on_cbw_error: str | None = None) -> None:
+        """Change the policies of a snapshot that lives; guest writes that wait for room are judged anew. ValueError, Error."""
+        check_policies(on_full, on_cbw_error)
+        try:
+            self.disk._engine.set_policy(self.name, on_full=on_full, on_cbw_error=on_cbw_error)
+        except KeyError:
+            raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted") from None
 
     def status(self) -> dict[str, Any]:
         """Return the facts of the snapshot, ready for JSON."""

@@ -19,3 +19,4 @@ cdef extern from "sync.h" nogil:
     int64_t now_ns "fcbw_now_ns"() noexcept
     void sleep_ns "fcbw_sleep_ns"(int64_t ns) noexcept
     int run_in_background "fcbw_run_in_background"() noexcept
+    void give_way "fcbw_give_way"() noexcept

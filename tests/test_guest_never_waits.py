@@ -123,6 +123,65 @@ def spill_fails(world, code):
 
 
 @contextmanager
+def flusher_hangs(world, operation):
+    """In the write of its first batch, or in the discard of the first segment that comes free; RAM has room for what is written."""
+    with world.log_late.hold(operation):
+        yield world.snapshot(ram=LENGTH, spill=world.log_late, spill_limit=LENGTH)
+
+
+@contextmanager
+def flusher_fails(world, code):
+    """Every write of the disk tier fails, and RAM has room for all: nothing breaks, and what failed is tried again."""
+    with world.log_faults.fail_on("write", errno=code):
+        snapshot = world.snapshot(ram=LENGTH, spill=world.log_late)
+        yield snapshot
+        end = time.monotonic() + 10
+        while snapshot.status()["disk_error"] is None and time.monotonic() < end:
+            time.sleep(0.001)
+        assert snapshot.status()["disk_error"] == os.strerror(code)
+
+
+@contextmanager
+def flusher_is_slow(world):
+    world.log_late.set(write_ms=TIMEOUT_MS / 4)
+    yield world.snapshot(ram=32 * K, spill=world.log_late, spill_limit=LENGTH * 2)
+    world.log_late.set(write_ms=0)
+
+
+@contextmanager
+def waiting_for_room(world):
+    """The consumer that a guest was told to wait for reads nothing: cbw-timeout ends the wait."""
+    snapshot = world.snapshot(ram=16 * K, on_full="wait")
+    world.disk._engine.consumer_begin(snapshot.device)
+    yield snapshot
+    world.disk._engine.consumer_end(snapshot.device)
+
+
+@contextmanager
+def limits_change(world):
+    """RAM and disk tier grow and shrink under load, never below what is needed in all."""
+    snapshot = world.snapshot(ram=LENGTH, spill=world.log_late, spill_limit=LENGTH * 2)
+    stopping, errors = threading.Event(), []
+
+    def main():
+        try:
+            while not stopping.is_set():
+                for ram in (0, K, LENGTH // 8, LENGTH):
+                    snapshot.set_limits(ram=ram)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    try:
+        yield snapshot
+    finally:
+        stopping.set()
+        thread.join(20)
+    assert errors == []
+
+
+@contextmanager
 def source_read_hangs(world, after):
     with world.late.hold("read", 10 * K, K, after=after):
         yield world.snapshot(ram="16M")
@@ -266,6 +325,13 @@ TROUBLES = {
     "spill hangs in a flush": spill_flush_hangs,
     "spill fails with EIO": lambda world: spill_fails(world, errno.EIO),
     "spill fails with ENOSPC": lambda world: spill_fails(world, errno.ENOSPC),
+    "flusher hangs in a write": lambda world: flusher_hangs(world, "write"),
+    "flusher hangs in a discard": lambda world: flusher_hangs(world, "discard"),
+    "flusher fails with EIO": lambda world: flusher_fails(world, errno.EIO),
+    "flusher fails with ENOSPC": lambda world: flusher_fails(world, errno.ENOSPC),
+    "flusher is slow": flusher_is_slow,
+    "guest waits for room": waiting_for_room,
+    "limits change": limits_change,
     "source read hangs before": lambda world: source_read_hangs(world, False),
     "source read hangs after": lambda world: source_read_hangs(world, True),
     "source read hangs everywhere": source_read_hangs_everywhere,
@@ -284,6 +350,7 @@ TROUBLES = {
 #: Those in which the snapshot must be given up, with what its reason says.
 BREAKS = {
     "both tiers full": "full",
+    "guest waits for room": "cbw-timeout",
     "spill hangs in a write": "cbw-timeout",
     "spill fails with EIO": "Input/output error",
     "spill fails with ENOSPC": "No space left",
@@ -295,7 +362,7 @@ BREAKS = {
     "source reads are slow": "cbw-timeout",
     "snapshot reader hangs": "cbw-timeout",
 }
-MAY_BREAK = {"spill hangs in a discard"}
+MAY_BREAK = {"spill hangs in a discard", "flusher is slow"}
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)

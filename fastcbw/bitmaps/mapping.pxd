@@ -5,6 +5,8 @@ cdef void *map_pages(int64_t length) noexcept nogil        # NULL on failure; le
 cdef void unmap_pages(void *pages, int64_t length) noexcept nogil
 # Populates LENGTH bytes at PAGES for writing in one call (MADV_POPULATE_WRITE) where the kernel has it; else nothing.
 cdef void populate_pages(void *pages, int64_t length) noexcept nogil
+cdef void forget_pages(void *pages, int64_t length) noexcept nogil         # gives whole pages of it back: zeroes on the next touch
+cdef int64_t memory_bytes() noexcept nogil                                 # of this machine
 cdef int64_t resident_pages(void *pages, int64_t length) noexcept nogil     # bytes in memory now, whole pages; -errno
 
 cdef class Mapping:

@@ -16,12 +16,12 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *address, size_t length, int advice)
     int mincore(void *address, size_t length, unsigned char *resident)
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    int MADV_NOHUGEPAGE
+    int MADV_NOHUGEPAGE, MADV_DONTNEED
     void *MAP_FAILED
 
 cdef extern from "<unistd.h>" nogil:
     long sysconf(int name)
-    int _SC_PAGESIZE
+    int _SC_PAGESIZE, _SC_PHYS_PAGES
 
 cdef extern from *:
     """
@@ -58,6 +58,17 @@ cdef void populate_pages(void *pages, int64_t length) noexcept nogil:
     # The kernel wants whole pages; all that the range touches belong to the same mapping.
     cdef char *at = <char *>(<size_t>pages & ~<size_t>(page_size - 1))
     madvise(at, <size_t>whole_pages(<char *>pages - at + length), MADV_POPULATE_WRITE)
+
+
+cdef void forget_pages(void *pages, int64_t length) noexcept nogil:
+    cdef char *at = <char *>((<size_t>pages + <size_t>page_size - 1) & ~<size_t>(page_size - 1))
+    cdef char *end = <char *>((<size_t>pages + <size_t>length) & ~<size_t>(page_size - 1))
+    if end > at:
+        madvise(at, <size_t>(end - at), MADV_DONTNEED)
+
+
+cdef int64_t memory_bytes() noexcept nogil:
+    return sysconf(_SC_PHYS_PAGES) * page_size
 
 
 cdef int64_t resident_pages(void *pages, int64_t length) noexcept nogil:

@@ -5,7 +5,7 @@ one. Work per call is O(1), except for ending a snapshot, which walks what was p
 
 Threads, started with the first snapshot and joined at close: COPY_THREADS that make copies that may wait, and the keeper,
 which ends what was broken so that its memory is free again, and carries out recorded discards that no snapshot needs any
-more. Importing starts nothing.
+more; with the first disk tier, the flusher. Importing starts nothing.
 """
 
 from cpython.ref cimport PyObject
@@ -18,26 +18,34 @@ import threading
 import time
 import weakref
 
-from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
+from fastcbw.bitmaps.mapping cimport map_pages, resident_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.dirty cimport DirtyBitmaps
 from fastcbw.cbw.guest cimport GuestDevice
+from fastcbw.cbw.flusher cimport Flusher
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lazy cimport lazy_carry_out
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX
+from fastcbw.cbw.policy cimport why_text
+from fastcbw.cbw.rate cimport rate_now
 from fastcbw.cbw.reader cimport SnapshotDevice
-from fastcbw.cbw.state cimport (BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line, SNAPSHOTS_MAX, Snap, Ticket, WHY_COMMAND, bitmap_bytes,
-                                enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new, snap_unref, wake_keeper)
-from fastcbw.cbw.store cimport SEGMENT_HEADER, Store, store_free, store_new
+from fastcbw.cbw.room cimport room_changed
+from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line,
+                                SNAPSHOTS_MAX, STALL_CLAIM, STALL_DEVICE, STALL_ROOM, Snap, Ticket, WAIT_FOR_ROOM, WHY_COMMAND,
+                                bitmap_bytes, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
+                                snap_unref, wake_keeper)
+from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_set_limit, segment_bytes, slots_set_limit, store_free, store_new,
+                                store_room)
 from fastcbw.cbw.worker cimport CopyPool
-from fastcbw.kernels.atomic cimport load_relaxed, load_seq
-from fastcbw.sync cimport sleep_ns
+from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
+from fastcbw.sync cimport now_ns, sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
 from fastcbw.cbw.spill import open_spill
-from fastcbw.errors import Error, LimitReached
+from fastcbw.errors import Error, LimitReached, SnapshotBroken
+from fastcbw.units import parse_size
 
 _log = logging.getLogger("fastcbw.cbw")
 
@@ -45,6 +53,11 @@ COPY_THREADS = 4
 JOIN_SECONDS = 10.0
 KEEPER_RETRY_SECONDS = 0.02
 cdef int64_t BUSY_POLL_NS = 100000
+
+cdef int64_t FLUSH_END_NS = 2000000000      # how long the end of a snapshot waits for a batch of its own under way
+
+_POLICIES = {"break-snapshot": BREAK_SNAPSHOT, "break-guest-write": BREAK_GUEST_WRITE, "wait": WAIT_FOR_ROOM}
+_POLICY_NAMES = {value: name for name, value in _POLICIES.items()}
 
 # Devices that callers gave as disk tier: id of the device -> weak reference to the engine whose logs may hold it.
 _spill_owners = {}
@@ -66,7 +79,9 @@ cdef class Engine:
     cdef object control                 # begins and ends one at a time
     cdef object threads
     cdef object pool
+    cdef Flusher flusher                # None before the first disk tier
     cdef int wake                       # eventfd: something broke, or close; 0: none
+    cdef set told                       # (snapshot, why) of refusals that were logged
     cdef dict logs                      # store index: device of the disk tier that we opened
     cdef uint64_t next_id
     cdef bint closed
@@ -79,6 +94,7 @@ cdef class Engine:
         self.control = threading.RLock()
         self.bitmaps = self.state.bitmaps = DirtyBitmaps(self.state, self.control)
         self.threads = []
+        self.told = set()
         self.logs = self.state.logs = {}
         self.device.engine = self
         self.next_id = 1
@@ -90,6 +106,8 @@ cdef class Engine:
         if self.pool is not None and not self.closed and not self.state.forked:
             self.closed = True      # what the keeper looks at when it wakes up
             self.pool.stop()
+            if self.flusher is not None:
+                self.flusher.stop()
             os.eventfd_write(self.wake, 1)
 
     def __dealloc__(self):
@@ -153,7 +171,7 @@ cdef class Engine:
         else:
             geometry = geometry_new(self.state.length, bits)
         if geometry != NULL:
-            store = store_new(index, (<int64_t>1) << bits, options.ram, log, options.spill_limit)
+            store = store_new(index, (<int64_t>1) << bits, options.ram, log, options.spill_limit, &self.state.room)
             if store != NULL:
                 snap = snap_new(self.state, geometry, store, self.next_id)
             creation.settled = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
@@ -167,6 +185,8 @@ cdef class Engine:
                 device.close()
             raise MemoryError(f"{self.device.name}: no memory for snapshot {name!r}")
         snap.cbw_timeout_ns = options.cbw_timeout * <int64_t>1000000
+        snap.on_full = _POLICIES[options.on_full]
+        snap.on_cbw_error = _POLICIES[options.on_cbw_error]
         self.next_id += 1
         self.state.stores[index] = store
         if device is not None:
@@ -216,6 +236,8 @@ cdef class Engine:
         snapshot.retired = True
         with nogil:
             retire(self.state, snapshot.snap, why)
+            if self.flusher is not None:        # so that what its device held is free when we return, unless the device hangs
+                self.flusher.await_unpinned(snapshot.snap.store, now_ns() + FLUSH_END_NS)
             if load_seq(&snapshot.snap.geometry.lazy_count):
                 wake_keeper(self.state)     # there may be discards that only it kept waiting
         self.sweep()
@@ -243,7 +265,102 @@ cdef class Engine:
             snapshot = self.snapshots[name]
             snap_break(self.state, snapshot.snap, WHY_COMMAND, 0, 0)
 
+    # -- room
+
+    def set_limits(self, name, *, ram=None, spill_limit=None):
+        """Change the limits of a snapshot's tiers, in bytes; None leaves one as it is.
+
+        A limit below what is used takes effect as what is there goes: nothing is taken above it from now on, the flusher
+        moves down what the disk tier has room for. Raises KeyError for an unknown name, ValueError, LimitReached, Error;
+        then nothing has changed.
+        """
+        cdef SnapshotDevice snapshot
+        cdef Store *store
+        cdef int64_t size, slots, segments
+        ram = None if ram is None else parse_size(ram, "ram")
+        spill_limit = None if spill_limit is None else parse_size(spill_limit, "spill_limit")
+        with self.control:
+            self.check_open()
+            if name not in self.snapshots:
+                raise KeyError(f"{self.device.name}: no snapshot {name!r}")
+            snapshot = self.snapshots[name]
+            if snapshot.retired or load_seq(&snapshot.snap.dead) == BROKEN:
+                raise SnapshotBroken(f"{snapshot.name}: {snapshot.broken_reason()}")
+            store = snapshot.snap.store
+            size = store.cluster_bytes
+            slots = store.slots_limit if ram is None else ram // size
+            segments = store.segments_limit if spill_limit is None else spill_limit // segment_bytes(store)
+            if ram is not None and 0 < ram < size:
+                raise ValueError(f"ram: {ram} is less than one cluster of {size} bytes (0 means no RAM tier)")
+            if slots == 0 and store.log == NULL:
+                raise ValueError(f"ram: {ram} and no spill: the snapshot would have no store at all")
+            if slots > store.slots_reserved:
+                raise LimitReached(f"ram: {ram} is more than the {store.slots_reserved * size} bytes of address space that the "
+                                   "snapshot has (the memory of the machine, or what its limit was when it was taken)")
+            if spill_limit is not None and store.log == NULL:
+                raise ValueError(f"spill_limit: {spill_limit}: the snapshot has no disk tier (name one when it is taken)")
+            if spill_limit is not None and segments < 1:
+                raise ValueError(f"spill_limit: {spill_limit} is less than one segment of its log, {segment_bytes(store)} bytes")
+            if segments > store.positions_limit // max(store.segment_clusters, 1):
+                raise LimitReached(f"spill_limit: {spill_limit} is more than the "
+                                   f"{store.positions_limit // store.segment_clusters * segment_bytes(store)} bytes that its log can have")
+            with nogil:
+                if segments != store.segments_limit:
+                    log_set_limit(store, segments)
+                if slots != store.slots_limit:
+                    slots_set_limit(store, slots)
+
+    def set_policy(self, name, *, on_full=None, on_cbw_error=None):
+        """Change what happens when a store is full or fails; who waits for room is judged anew. KeyError for an unknown name."""
+        cdef SnapshotDevice snapshot
+        with self.control:
+            self.check_open()
+            snapshot = self.snapshots[name]
+            if on_full is not None:
+                store_relaxed(&snapshot.snap.on_full, _POLICIES[on_full])
+            if on_cbw_error is not None:
+                store_relaxed(&snapshot.snap.on_cbw_error, _POLICIES[on_cbw_error])
+            room_changed(&self.state.room)
+
+    def consumer_begin(self, SnapshotDevice snapshot not None):
+        """From here on somebody discards of SNAPSHOT what it has read: to wait for room makes sense. Undone by consumer_end."""
+        add_seq(&snapshot.snap.consumers, 1)
+
+    def consumer_end(self, SnapshotDevice snapshot not None):
+        """Undo one consumer_begin; guest writes that wait for room are judged anew."""
+        sub_seq(&snapshot.snap.consumers, 1)
+        room_changed(&self.state.room)
+
+    @property
+    def flusher_idle(self):
+        """Whether the flusher has nothing to do, or waits for a disk tier that fails; for tests."""
+        return self.flusher is None or self.flusher.is_idle
+
+    @property
+    def room_waiters(self):
+        """Guest writes that wait for room."""
+        return load_seq(&self.state.room.waiting)
+
+    def resident(self, name):
+        """Return the bytes of memory that a live snapshot's RAM tier takes now, free slots included; for tests."""
+        cdef SnapshotDevice snapshot
+        with self.control:
+            snapshot = self.snapshots[name]
+            if snapshot.retired:
+                raise KeyError(f"{snapshot.name}: is broken")
+            return resident_pages(snapshot.snap.store.pages, snapshot.snap.store.slots_fresh * snapshot.snap.store.cluster_bytes)
+
     # -- threads
+
+    cdef int start_flusher(self) except -1:
+        """Idempotent; with the control lock held, before the first snapshot with a disk tier."""
+        if self.flusher is None:
+            flusher = Flusher(self.state)
+            thread = threading.Thread(target=flusher.run, name="fastcbw-flusher", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+            self.flusher = flusher
+        return 0
 
     cdef int start_threads(self) except -1:
         """Idempotent; with the control lock held."""
@@ -280,6 +397,15 @@ cdef class Engine:
                 if not snapshot.retired and load_seq(&snapshot.snap.dead) == BROKEN:
                     _log.warning("%s: %s", snapshot.name, snapshot.broken_reason())
                     self.retire(snapshot, BROKEN)
+
+    def _tell_refusals(self):
+        """Log the first guest write of each kind that a policy made fail."""
+        cdef SnapshotDevice snapshot
+        for snapshot in list(self.snapshots.values()):
+            why = load_relaxed(&snapshot.snap.refused_why)
+            if why and (snapshot.name, why) not in self.told:
+                self.told.add((snapshot.name, why))
+                _log.warning("%s: a guest write failed for its sake: %s", snapshot.name, why_text(why).decode())
 
     @property
     def is_closed(self):
@@ -344,6 +470,14 @@ cdef class Engine:
                 "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
                 "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0,
                 "cbw_timeout_ms": snapshot.snap.cbw_timeout_ns // 1000000,
+                "on_full": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_full)],
+                "on_cbw_error": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_cbw_error)],
+                "consumers": load_seq(&snapshot.snap.consumers),
+                "refused_writes": load_relaxed(&snapshot.snap.refused),
+                "refused_reason": why_text(load_relaxed(&snapshot.snap.refused_why)).decode() if load_relaxed(&snapshot.snap.refused_why) else None,
+                "flushed_clusters": 0, "disk_error": None, "seconds_to_full": None,
+                "stalls": {kind: {"count": load_relaxed(&snapshot.snap.stalls[i]), "us": load_relaxed(&snapshot.snap.stall_ns[i]) // 1000}
+                           for kind, i in (("claim", STALL_CLAIM), ("device", STALL_DEVICE), ("room", STALL_ROOM))},
             }
             if not snapshot.retired:        # afterwards the store is gone, or an older snapshot's
                 store = snapshot.snap.store
@@ -352,6 +486,12 @@ cdef class Engine:
                 facts["ram_limit"] = store.slots_limit * size
                 facts["disk_bytes"] = store.log_used * size
                 facts["disk_limit"] = store.segments_limit * store.segment_clusters * size
+                facts["flushed_clusters"] = load_relaxed(&store.flushed)
+                if load_seq(&store.log_error):
+                    facts["disk_error"] = os.strerror(load_seq(&store.log_error))
+                rate = rate_now(&store.filling)
+                if rate > 0:
+                    facts["seconds_to_full"] = round(store_room(store, True) / rate, 1)
             return facts
 
     @property
@@ -393,6 +533,8 @@ cdef class Engine:
             self.device.close()
         if self.threads:
             self.pool.stop()
+            if self.flusher is not None:
+                self.flusher.stop()
             os.eventfd_write(self.wake, 1)
             end = time.monotonic() + JOIN_SECONDS
             for thread in self.threads:
@@ -430,6 +572,7 @@ def _keep(engine_ref, wake):
             except BlockingIOError:
                 pass
             try:
+                engine._tell_refusals()
                 left = engine._keep()
             except Exception:
                 _log.exception("the keeper failed to end a broken snapshot, or to carry out discards")
@@ -470,6 +613,8 @@ def take_snapshots(engines, name, options):
                 count += 1
             for engine in engines:
                 engine.start_threads()
+                if options.spill is not None:
+                    engine.start_flusher()
         except BaseException:
             for i in range(count):
                 engine = engines[i]

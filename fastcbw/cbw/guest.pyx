@@ -14,7 +14,7 @@ intercept's own; only the reading differs.
 Invariants. A claim is held over a stage of kernel I/O and nothing else: whoever has a stage under way lets it end by calling poll()
 and must not sleep elsewhere. One thread has many writes counted, so while it has any, its line stands for the whole disk, and no
 guest write of that thread may wait for old writes to end: they could be its own (they never do here: -EAGAIN, or the method).
-A stage that misses the snapshot's cbw-timeout breaks the snapshot; the write goes on by the method, and the claims and slots
+A stage that misses the snapshot's cbw-timeout breaks the snapshot, unless its policy protects it; the write goes on by the method, and the claims and slots
 are given back when the kernel answers at last, as with the copies of the pool.
 """
 
@@ -29,10 +29,10 @@ from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.intercept cimport (COPY_NOTHING, COPY_READY, FilterDevice, count_touch, count_write, make_leaves, next_to_preserve, prepare,
                                     publish, settle_and_release, take_slots)
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
-from fastcbw.cbw.state cimport (EngineState, Epoch, Line, Ticket, WHY_TIMEOUT, claim_release, cluster_end, enter, enter_guest, leave,
+from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, EngineState, Epoch, Line, Ticket, WHY_TIMEOUT, claim_release, cluster_end, enter, enter_guest, leave,
                                 overlapped, snap_break)
 from fastcbw.cbw.worker cimport (Copy, copy_give_back, copy_read, drop_references, find_zeroes, keep_references)
-from fastcbw.kernels.atomic cimport add_relaxed, fence_release
+from fastcbw.kernels.atomic cimport add_relaxed, fence_release, load_relaxed, load_seq
 from fastcbw.sync cimport now_ns
 
 cdef uint64_t MINUS_ONE = ~(<uint64_t>0)
@@ -44,8 +44,8 @@ cdef bint is_ready_now(EngineState state, Ticket *ticket, Copy *copy) noexcept n
     if ticket.epoch.draining and overlapped(state, <int>((ticket.epoch.number - 1) & 3), copy.first << bits,
                                             (copy.first + copy.count) << bits):
         return False
-    if not make_leaves(copy):
-        return False
+    if load_seq(&state.room.waiting) != 0 or not make_leaves(copy):
+        return False            # who waits for room comes first: the method queues behind it
     take_slots(copy)
     return copy.items[copy.items_count - 1].slot >= 0       # slots come first: every item has one
 
@@ -288,7 +288,9 @@ cdef class GuestDevice(FilterDevice):
 
     cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
         cdef Touch *touch = <Touch *>io.above[3]
-        snap_break(self.state, touch.copy.snap, WHY_TIMEOUT, ETIMEDOUT, touch.copy.items[touch.item].cluster * touch.copy.snap.store.cluster_bytes)
+        # With break-guest-write the method finds the claim busy, and refuses the write after cbw-timeout.
+        if load_relaxed(&touch.copy.snap.on_cbw_error) != BREAK_GUEST_WRITE:
+            snap_break(self.state, touch.copy.snap, WHY_TIMEOUT, ETIMEDOUT, touch.copy.items[touch.item].cluster * touch.copy.snap.store.cluster_bytes)
         keep_references(&touch.copy)
         touch.late = True
         step_out(touch.ticket)

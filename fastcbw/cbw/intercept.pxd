@@ -19,9 +19,10 @@ cdef enum:
     COPY_BUSY = 2       # others hold the claims
     COPY_STALE = 3      # R3: the epoch is over; no claim is held
 
-# Counts the guest write in, marks it, preserves what it is about to overwrite. Returns with *ticket counted: the write may
-# go to the disk, then leave(ticket). True: there was something to preserve. It waits for nothing but its own copy, claims, and old writes; each with a deadline.
-cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil
+# Counts the guest write in, marks it, preserves what it is about to overwrite. 0 (all was settled) or 1 with *ticket counted:
+# the write may go to the disk, then leave(ticket). Negative: a code of cbw/policy: a snapshot's policy refuses it, and nothing is counted.
+# It waits for nothing but its own copy, claims, old writes, and room where a snapshot asks for that; with one deadline.
+cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil
 
 # The steps of a copy, for those who make it another way (cbw/guest). In this order; none of them waits.
 cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, int64_t *round_end) noexcept nogil
@@ -29,6 +30,7 @@ cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int
 cdef bint make_leaves(Copy *copy) noexcept nogil                # False: no memory
 cdef void take_slots(Copy *copy) noexcept nogil                 # the first items get those that there are
 cdef void publish(Copy *copy) noexcept nogil                    # the data is there, and tested for zeroes
-cdef void settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil
+# Returns the first cluster that found no room, when `left` says that there is one.
+cdef int64_t settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil
 cdef void count_write(Line *line, int64_t length) noexcept nogil
 cdef void count_touch(Line *line, int64_t started_ns) noexcept nogil     # started_ns: when it began to preserve

@@ -11,7 +11,9 @@ A discard goes its own way (lazy.pyx): it preserves nothing.
 
 Invariants: I1, a write reaches a cluster only when it is settled (or no snapshot needs it); I2, settled only after the word
 was published; I8, a failed copy gives its claims back. Whoever holds claims waits for device I/O only, and with a
-deadline: at the deadline the snapshots that ask for the copy are broken and the guest goes on.
+deadline: at the deadline the snapshots that ask for the copy are broken and the guest goes on, or its write fails, as their
+policy says (cbw/policy). With on-full=wait a copy preserves what there is room for and leaves the rest, so that it needs
+one slot at a time.
 
 Memory ordering. The marks are seq_cst and come before the loads of `settled`, also seq_cst: dropping a cluster clears
 `settled`, then loads the marks, so that not both miss. The word is published with release before `settled` is set
@@ -23,6 +25,8 @@ what x86-64 does by itself. Who finds new data on the disk, therefore, finds the
 
 from libc.errno cimport EAGAIN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.string cimport memset, strerror
 
 from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
@@ -30,11 +34,13 @@ from fastcbw.cbw.heat cimport heat_note
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
-from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_TIMEOUT,
-                                claim_release, claim_wait, cluster_end, enter_guest, geometry_ref, geometry_unref,
-                                is_current, leave, lookup, newest_needing, overlapped, snap_break, snap_ref, snap_unref,
-                                summary_set)
-from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_take
+from fastcbw.cbw.policy cimport GO_ON, REFUSED, START_OVER, give_up_copy, refusal_errno, wait_for_room, why_text
+from fastcbw.cbw.room cimport Waiter, room_changed, room_leave
+from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, STALL_CLAIM, STALL_DEVICE, Snap, Ticket, WAIT_FOR_ROOM,
+                                WHY_FULL, WHY_MEMORY, WHY_TIMEOUT, claim_release, claim_wait, cluster_end, count_stall,
+                                enter_guest, geometry_ref, geometry_unref, is_current, leave, lookup, newest_needing,
+                                overlapped, snap_ref, snap_unref, summary_set)
+from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_enlist, slots_take, store_room
 from fastcbw.cbw.worker cimport (Copy, CopyItem, ROUND_BYTES, ROUND_CLUSTERS, ROUND_WORDS, copy_give_back, copy_in_pool,
                                  copy_read)
 from fastcbw.kernels.atomic cimport add_relaxed, fence_release, load_relaxed, load_seq, or_seq, store_relaxed, store_release
@@ -47,12 +53,9 @@ cdef extern from "check.h" nogil:
 cdef extern from * nogil:
     int ctzll "__builtin_ctzll"(unsigned long long) noexcept
 
-cdef enum:
-    GO_ON = 0           # still counted in the epoch
-    START_OVER = 1      # the epoch was left
-
 cdef int64_t OLD_WRITES_POLL_NS = 20000
 cdef int64_t CARRY_OUT_WAIT_NS = 1000000000      # then it looks again
+cdef int64_t ROUND_WITHOUT_ROOM = 8     # clusters read in a round beyond what there is room for: they may be zeroes
 
 
 cdef class FilterDevice(BlockDevice):
@@ -77,24 +80,33 @@ cdef class FilterDevice(BlockDevice):
     cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
-        cdef int code = self.child.pwrite(buffer, offset, length, flags)
+        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code
+        if touched < 0:
+            return touched
+        code = self.child.pwrite(buffer, offset, length, flags)
         guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
-        cdef int code = self.child.pwritev(vector, count, offset, length, flags)
+        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code
+        if touched < 0:
+            return touched
+        code = self.child.pwritev(vector, count, offset, length, flags)
         guest_end(self.state, ticket, touched, began_ns)
         return code
 
     cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef bint touched = guest_begin(self.state, offset, length, &ticket)
-        cdef int code = self.child.write_zeroes_at(offset, length, flags)
+        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int code
+        if touched < 0:
+            return touched
+        code = self.child.write_zeroes_at(offset, length, flags)
         guest_end(self.state, ticket, touched, began_ns)
         return code
 
@@ -120,7 +132,19 @@ cdef class FilterDevice(BlockDevice):
         return self.child.sync()
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
+        cdef int shown = refusal_errno(code)
+        if shown == 0:
+            return self.child.explain(code, text, size)
+        snprintf(text, size, "%s; a snapshot's policy lets the write fail: %s", strerror(shown), why_text(<uint64_t>(REFUSED - code)))
+        return shown
+
+    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
+        cdef char text[256]
+        cdef int shown
+        if refusal_errno(code) == 0:
+            return BlockDevice.fail(self, code, operation, offset, length)
+        shown = self.explain(code, text, sizeof(text))
+        raise OSError(shown, f"{self.name}: {operation} {offset}+{length}: {text.decode(errors='replace')}")
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         return self.child.block_status(offset, length, flags)
@@ -136,23 +160,34 @@ cdef class FilterDevice(BlockDevice):
 
 
 cdef inline void guest_end(EngineState state, Ticket ticket, bint touched, int64_t began_ns) noexcept nogil:
-    """The write is done: no longer counted. began_ns: what latency_begin returned; touched: what guest_begin did."""
+    """The write is done: no longer counted. began_ns: what latency_begin returned; touched: what guest_begin said."""
     leave(ticket)
     if began_ns:
         latency_end(&state.latency, ticket.line - state.lines, LATENCY_PRESERVING if touched else LATENCY_SETTLED, began_ns)
 
 
-cdef bint guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
-    """Return when the write may go to the disk: counted in *TICKET, all of it settled. True: there was something to preserve."""
+cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+    """Return when the write may go to the disk: counted in *TICKET, all of it settled. 1: there was something to preserve.
+
+    Negative: refused by a policy, and not counted.
+    """
     cdef Geometry *geometry
+    cdef Waiter waiter
     cdef int64_t started_ns = 0         # of the first wait or copy; each limit counts from here
+    cdef int code
     while not enter_guest(state, offset, length, ticket):
         if started_ns == 0:
             started_ns = now_ns()
+            waiter.queued = False
         geometry = ticket.epoch.geometry
-        if preserve(state, ticket, offset >> geometry.cluster_bits, cluster_end(geometry, offset, length), started_ns) == GO_ON:
+        code = preserve(state, ticket, offset >> geometry.cluster_bits, cluster_end(geometry, offset, length), started_ns, &waiter)
+        if code == GO_ON:
             break
+        if code < 0:
+            room_leave(&state.room, &waiter)
+            return code
     if started_ns:
+        room_leave(&state.room, &waiter)
         count_touch(ticket.line, started_ns)
     count_write(ticket.line, length)
     fence_release()
@@ -192,6 +227,7 @@ cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, in
     """The first cluster of first..end that a copy may have to be made of, with the end of the round for it; END: none."""
     cdef int64_t limit = ROUND_BYTES >> epoch.geometry.cluster_bits
     cdef Snap *needing
+    cdef int code
     if limit > ROUND_CLUSTERS:
         limit = ROUND_CLUSTERS
     if limit == 0:
@@ -212,22 +248,35 @@ cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, in
         return first
 
 
-cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
-    """Settle first..end in the ticket's epoch, or find that nobody needs it."""
+cdef int preserve(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns, Waiter *waiter) noexcept nogil:
+    """Settle first..end in the ticket's epoch, or find that nobody needs it. Negative: refused, and the epoch was left."""
     cdef int64_t round_end = end
+    cdef int64_t room
+    cdef Snap *needing
+    cdef int code
     while True:
         first = next_to_preserve(ticket.epoch, first, end, &round_end)
         if first == end:
             return GO_ON
-        if preserve_round(state, ticket, first, round_end, started_ns) == START_OVER:
-            return START_OVER
+        needing = newest_needing(ticket.epoch, first)
+        if needing != NULL and load_relaxed(&needing.on_full) == WAIT_FOR_ROOM:
+            if not waiter.queued and load_seq(&state.room.waiting) != 0:
+                return wait_for_room(state, ticket, needing, first, 1, started_ns, waiter)      # those before it come first
+            # Not much more than what there is room for is read, since what finds none is read again.
+            room = store_room(needing.store, True)
+            if round_end - first > room + ROUND_WITHOUT_ROOM:
+                round_end = first + room + ROUND_WITHOUT_ROOM
+        code = preserve_round(state, ticket, first, round_end, started_ns, waiter)
+        if code != GO_ON:
+            return code
 
 
-cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns) noexcept nogil:
+cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_t end, int64_t started_ns, Waiter *waiter) noexcept nogil:
     """Preserve what is free to claim in first..end, a range with an unsettled cluster at its head."""
     cdef Epoch *epoch = ticket.epoch
     cdef Geometry *geometry = epoch.geometry
     cdef Copy copy
+    cdef int64_t without_room
     cdef Snap *snap
     cdef int code, what = prepare(state, epoch, &copy, first, end)
     if what == COPY_BUSY:
@@ -239,23 +288,27 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
         return GO_ON
     snap = copy.snap
     if epoch.draining and not old_writes_ended(state, epoch, first, end, snap, started_ns):
-        return give_up(geometry, &copy, first, end, ticket)
+        return give_up(state, snap, &copy, ticket, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
     if not make_leaves(&copy):
-        snap_break(state, snap, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
-        return give_up(geometry, &copy, first, end, ticket)
+        return give_up(state, snap, &copy, ticket, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
+    copy.partial = load_relaxed(&snap.on_full) == WAIT_FOR_ROOM
     take_slots(&copy)
     code = copy_old(state, &copy, started_ns, ticket.line)
     if code == -ETIMEDOUT:
         # The pool has the claims and the room now, and gives them back when the device answers.
-        snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, copy.items[0].cluster << geometry.cluster_bits)
-        leave(ticket[0])
-        return START_OVER
+        memset(copy.got, 0, sizeof(copy.got))
+        return give_up(state, snap, &copy, ticket, WHY_TIMEOUT, ETIMEDOUT, copy.items[0].cluster << geometry.cluster_bits)
     if code:
         copy_give_back(&copy)
-        snap_break(state, snap, copy.why, 0 if copy.why == WHY_FULL else -code, copy.error_offset)
-        return give_up(geometry, &copy, first, end, ticket)
+        if copy.why == WHY_FULL:        # full at that moment: perhaps something is on its way to the disk tier
+            claim_release(geometry, copy.got, copy.first, copy.count)
+            return wait_for_room(state, ticket, snap, copy.error_offset >> geometry.cluster_bits, data_count(&copy),
+                                 started_ns, waiter)
+        return give_up(state, snap, &copy, ticket, copy.why, -code, copy.error_offset)
     publish(&copy)
-    settle_and_release(state, epoch, &copy)
+    without_room = settle_and_release(state, epoch, &copy)
+    if copy.left:
+        return wait_for_room(state, ticket, snap, without_room, 1, started_ns, waiter)
     return GO_ON
 
 
@@ -270,6 +323,8 @@ cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int
     copy.first = first
     copy.count = end - first
     copy.bounce = NULL
+    copy.partial = False
+    copy.left = 0
     if not is_current(state, epoch):                                    # R3
         claim_release(epoch.geometry, copy.got, first, end - first)
         return COPY_STALE
@@ -281,16 +336,20 @@ cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int
     return COPY_BUSY if next_unsettled(epoch.settled, first, first + 1) == first else COPY_NOTHING
 
 
-cdef int give_up(Geometry *geometry, Copy *copy, int64_t first, int64_t end, Ticket *ticket) noexcept nogil:
-    claim_release(geometry, copy.got, first, end - first)
+cdef int give_up(EngineState state, Snap *snap, Copy *copy, Ticket *ticket, uint64_t why, int code, int64_t offset) noexcept nogil:
+    """The copy failed: I8, its claims go back, and who waits for them wakes; then the policy decides."""
+    cdef int verdict = give_up_copy(state, snap, why, code, offset)
+    claim_release(copy.geometry, copy.got, copy.first, copy.count)
     leave(ticket[0])
-    return START_OVER
+    return verdict
 
 
 cdef int wait_for_claim(EngineState state, Ticket *ticket, int64_t first, int64_t started_ns) noexcept nogil:
     """Somebody else holds the claims: leave the epoch, wait, start over. Nothing is held or counted during the wait."""
     cdef Geometry *geometry = ticket.epoch.geometry
     cdef Snap *snap = newest_needing(ticket.epoch, first)
+    cdef int64_t began_ns = now_ns()
+    cdef int code = START_OVER
     if snap == NULL and not lazy_recorded(geometry, first):
         return GO_ON            # it broke just now: the caller looks again
     geometry_ref(geometry)
@@ -303,10 +362,11 @@ cdef int wait_for_claim(EngineState state, Ticket *ticket, int64_t first, int64_
         snap_ref(snap)
         leave(ticket[0])
         if claim_wait(geometry, first, 1, started_ns + snap.cbw_timeout_ns) == -ETIMEDOUT:
-            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
+            code = give_up_copy(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
+        count_stall(snap, STALL_CLAIM, began_ns)
         snap_unref(snap)
     geometry_unref(geometry)
-    return START_OVER
+    return code
 
 
 cdef Snap *select(Epoch *epoch, Copy *copy, uint64_t *settle) noexcept nogil:
@@ -375,7 +435,6 @@ cdef bint old_writes_ended(EngineState state, Epoch *epoch, int64_t first, int64
     cdef int bits = epoch.geometry.cluster_bits
     while overlapped(state, <int>((epoch.number - 1) & 3), first << bits, end << bits):
         if now_ns() > started_ns + snap.cbw_timeout_ns:
-            snap_break(state, snap, WHY_TIMEOUT, ETIMEDOUT, first << bits)
             return False
         sleep_ns(OLD_WRITES_POLL_NS)
     return True
@@ -402,51 +461,90 @@ cdef void take_slots(Copy *copy) noexcept nogil:
 
 cdef int copy_old(EngineState state, Copy *copy, int64_t started_ns, Line *line) noexcept nogil:
     """Read the old data where that can't wait, else have the pool do it, with the deadline."""
+    cdef int64_t began_ns
     cdef int code = -EAGAIN
     if copy.items[copy.items_count - 1].slot >= 0:          # slots come first: every item has one
         code = copy_read(copy, True)
     if code == -EAGAIN:
         add_relaxed(&line.waits, 1)
+        began_ns = now_ns()
         code = copy_in_pool(state.pool, copy, started_ns + copy.snap.cbw_timeout_ns)
+        count_stall(copy.snap, STALL_DEVICE, began_ns)
     return code
+
+
+cdef int64_t data_count(const Copy *copy) noexcept nogil:
+    """Clusters of a copy that was read which take room."""
+    cdef int64_t count = 0
+    cdef int i
+    for i in range(copy.items_count):
+        count += not copy.items[i].zero
+    return count
+
+
+cdef inline bint is_done(const CopyItem *item) noexcept nogil:
+    return item.zero or item.slot >= 0 or item.position >= 0
 
 
 cdef void publish(Copy *copy) noexcept nogil:
     """Name the data in the location map (release, after the data); I3: from here on it is immutable."""
+    cdef int64_t slots[ROUND_CLUSTERS]
+    cdef int64_t clusters[ROUND_CLUSTERS]
     cdef Snap *snap = copy.snap
     cdef Store *store = snap.store
     cdef CopyItem *item
     cdef uint64_t *place
     cdef uint64_t word
     cdef uint64_t zeroes = 0
+    cdef int64_t in_ram = 0
     cdef int i
     for i in range(copy.items_count):
         item = &copy.items[i]
+        check(is_done(item) or copy.left, "I4: a word names data")
+        if not is_done(item):
+            continue
         if item.zero:
             word = WORD_ZERO
             zeroes += 1
         elif item.slot >= 0:
             word = ram_word(store.index, item.slot, store.slots[item.slot].generation)
+            slots[in_ram] = item.slot
+            clusters[in_ram] = item.cluster
+            in_ram += 1
         else:
             word = disk_word(store.index, item.position)
         place = map_place(&snap.map, item.cluster)
-        check(item.zero or item.slot >= 0 or item.position >= 0, "I4: a word names data")
         check(load_relaxed(place) == WORD_NONE, "I3: published old data is immutable")
         store_release(place, word)
         summary_set(snap, item.cluster, word)
         if item.zero and item.slot >= 0:
             slot_unref(store, item.slot)
-    add_relaxed(&snap.preserved, <uint64_t>copy.items_count)
+    if in_ram and store.log != NULL:
+        slots_enlist(store, slots, clusters, in_ram)
+    add_relaxed(&snap.preserved, <uint64_t>(copy.items_count - copy.left))
     add_relaxed(&snap.preserved_zero, zeroes)
     item = &copy.items[copy.items_count - 1]
     heat_note(copy.geometry, copy.items[0].cluster, item.cluster + 1 - copy.items[0].cluster)
 
 
-cdef void settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:
+cdef int64_t settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:
+    """Settle what was published; return the first cluster that found no room, when there is one."""
+    cdef uint64_t left[ROUND_WORDS]
     cdef int64_t base = copy.first // 64
-    cdef int64_t w
-    for w in range((copy.first + copy.count + 63) // 64 - base):
-        if copy.got[w]:
-            lazy_cancel(state, copy.geometry, base + w, copy.got[w])     # then `settled` (R6)
-            or_seq(epoch.settled + base + w, copy.got[w])
+    cdef int64_t words = (copy.first + copy.count + 63) // 64 - base
+    cdef int64_t w, without_room = -1
+    cdef int i
+    for w in range(words):
+        left[w] = 0
+    if copy.left:
+        for i in range(copy.items_count - 1, -1, -1):
+            if not is_done(&copy.items[i]):
+                without_room = copy.items[i].cluster
+                left[without_room // 64 - base] |= (<uint64_t>1) << (without_room % 64)
+    for w in range(words):
+        if copy.got[w] & ~left[w]:
+            lazy_cancel(state, copy.geometry, base + w, copy.got[w] & ~left[w])      # then `settled` (R6)
+            or_seq(epoch.settled + base + w, copy.got[w] & ~left[w])
     claim_release(copy.geometry, copy.got, copy.first, copy.count)
+    room_changed(&state.room)
+    return without_room

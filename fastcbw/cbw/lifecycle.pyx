@@ -26,6 +26,7 @@ from fastcbw.bitmaps.dirty cimport dirty_convert
 from fastcbw.bitmaps.mapping cimport unmap_pages
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
                                  word_tag)
+from fastcbw.cbw.room cimport room_changed
 from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
                                 claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_ref, snap_unref,
                                 summary_set, wake_keeper)
@@ -88,6 +89,7 @@ cdef void finish(EngineState state, Creation *creation) noexcept nogil:
         store_release(&creation.snap.within_set, 1)
         if load_seq(&creation.snap.geometry.lazy_count):
             wake_keeper(state)          # discards were recorded for it, and it does not need all of them any more
+    room_changed(&state.room)       # who waits for room for an older snapshot may find some in the new one
     if old_settled != NULL:
         unmap_pages(old_settled, bitmap_bytes(creation.snap.geometry.clusters))
     if state.lingering != NULL:
@@ -119,6 +121,7 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
     cdef Snap *older = NULL
     cdef int at
     cas_seq(&snap.dead, ALIVE, why)
+    room_changed(&state.room)
 
     epoch = next_epoch(state)
     epoch.need_count = without(epoch.need, epoch.need_count, snap)

@@ -19,8 +19,8 @@ CBW_TIMEOUT_MS_DEFAULT = 5000
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 # What INTERFACE names and what of it is built.
 _CHOICES = {
-    "on_full": (("break-snapshot",), ("wait", "break-guest-write")),
-    "on_cbw_error": (("break-snapshot",), ("break-guest-write",)),
+    "on_full": (("break-snapshot", "break-guest-write", "wait"), ()),
+    "on_cbw_error": (("break-snapshot", "break-guest-write"), ()),
     "export": (("ro",), ("discard", "read-once")),
     "durability": (("none",), ("process", "power")),
 }
@@ -34,6 +34,13 @@ def check_name(name: str, what: str = "snapshot name") -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(f"{what}: {name!r} is no name (one or more of A-Z a-z 0-9 _ . -)")
     return name
+
+
+def check_policies(on_full: str | None, on_cbw_error: str | None) -> None:
+    """Raise ValueError unless each is a policy, or None: left as it is."""
+    for option, value in (("on_full", on_full), ("on_cbw_error", on_cbw_error)):
+        if value is not None:
+            _check_choice(option, value)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class SnapshotOptions:
     bitmap_for: str | None = None           # what BITMAP is handed to until it is given back; None: it goes on as it was
     new_bitmap: str | None = None
     new_bitmap_granularity: int | None = None
+    on_full: str = "break-snapshot"
+    on_cbw_error: str = "break-snapshot"
 
     @classmethod
     def parse(
@@ -90,7 +99,8 @@ class SnapshotOptions:
             raise TypeError(f"cbw_timeout: expected milliseconds as an int, got {type(cbw_timeout).__name__}")
         if not 1 <= cbw_timeout <= 86_400_000:
             raise ValueError(f"cbw_timeout: {cbw_timeout} is not within 1 to 86400000 milliseconds")
-        return cls(size, room, folder, limit, cbw_timeout, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
+        return cls(size, room, folder, limit, cbw_timeout, on_full=on_full, on_cbw_error=on_cbw_error,
+                   **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 
 def _parse_bitmaps(bitmap: object, bitmap_for: str | None, new_bitmap: object, granularity: int | str | None) -> dict:

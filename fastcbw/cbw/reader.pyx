@@ -19,8 +19,8 @@ from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATU
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf_before, word_position,
                                  word_slot, word_store, word_tag)
-from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_FULL, WHY_MEMORY, WHY_NOT, WHY_SOURCE, WHY_STORE,
-                                WHY_TIMEOUT, copy_run, enter, leave, lookup, snap_unref)
+from fastcbw.cbw.policy cimport why_text
+from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_NOT, WHY_TIMEOUT, copy_run, enter, leave, lookup, snap_unref)
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
 
@@ -35,19 +35,6 @@ cdef uint64_t DONE = ~(<uint64_t>0)
 cdef uint64_t RETRY = ~(<uint64_t>0) - 256
 
 cdef int64_t BATCH_BYTES = 1 << 20
-
-cdef const char *why_text(uint64_t why) noexcept nogil:
-    if why == WHY_FULL:
-        return "its store is full (both tiers at their limits)"
-    if why == WHY_SOURCE:
-        return "old data could not be read from the disk"
-    if why == WHY_STORE:
-        return "the disk tier could not be written"
-    if why == WHY_TIMEOUT:
-        return "preserving old data took longer than cbw-timeout"
-    if why == WHY_MEMORY:
-        return "no memory for the location map"
-    return "by command"
 
 
 cdef class SnapshotDevice(BlockDevice):

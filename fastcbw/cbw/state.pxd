@@ -10,6 +10,7 @@ from fastcbw.bitmaps.dirty cimport dirty_words
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport LatencyTable
 from fastcbw.cbw.locmap cimport LocationMap
+from fastcbw.cbw.room cimport Room
 from fastcbw.cbw.store cimport Store
 from fastcbw.kernels.atomic cimport load_acquire, load_relaxed, sub_seq
 from fastcbw.kernels.sparse cimport sparse_bits
@@ -35,6 +36,19 @@ cdef enum:
     WHY_TIMEOUT = 4             # preserving took longer than cbw-timeout
     WHY_MEMORY = 5              # no memory for the location map
     WHY_COMMAND = 6             # somebody asked for it
+    WHY_ROOM_TIMEOUT = 7        # on-full is `wait`, and no room came within cbw-timeout
+    WHY_NO_ROOM = 8             # on-full is `wait`, and nothing that runs can free room
+
+    # Snap.on_full, Snap.on_cbw_error: what happens to the snapshot, or to the guest's write
+    BREAK_SNAPSHOT = 0
+    BREAK_GUEST_WRITE = 1
+    WAIT_FOR_ROOM = 2           # on_full only
+
+    # What a guest write waited for
+    STALL_CLAIM = 0             # somebody else's copy of the same cluster
+    STALL_DEVICE = 1            # its own copy: the old data was not in memory, or went to the disk tier
+    STALL_ROOM = 2
+    STALLS = 3
 
 # What a claim is taken in: one cluster size, from the first live snapshot until the last has gone. A copy that timed out
 # keeps a reference, so that it can give back its claims whenever its device answers.
@@ -70,6 +84,13 @@ cdef struct Snap:
     uint64_t broken_offset
     uint64_t refs               # its owner, readers during a request, guest writes that wait outside an epoch (atomic)
     int64_t cbw_timeout_ns
+    uint64_t on_full            # policies (atomic; change live)
+    uint64_t on_cbw_error
+    uint64_t consumers          # what discards as it reads, so that room comes: jobs that consume, read-once exports (atomic)
+    uint64_t refused            # guest writes that failed by policy (atomic counter), and WHY_* of the last
+    uint64_t refused_why
+    uint64_t stalls[STALLS]     # guest writes that waited (atomic counters), and how long
+    uint64_t stall_ns[STALLS]
     uint64_t preserved          # clusters that were preserved for it, zero ones included (atomic counter)
     uint64_t preserved_zero
 
@@ -115,7 +136,9 @@ cdef class EngineState:
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
     cdef Store *stores[64]      # by the number in location words (control; read while counted)
-    cdef int broken_fd          # eventfd, written when the keeper has something to do: a snapshot broke, discards are to be carried out
+    cdef Room room              # who waits for room in any of the stores
+    cdef int broken_fd          # eventfd, written when the keeper has something to do: a snapshot broke, a guest
+                                # write was refused, discards are to be carried out
     cdef Snap *lingering        # no snapshot lives, but recorded discards are not carried out yet: the last one, whose `changed` is marked
                                 # until they are (control; one reference)
     cdef uint64_t lazy_recorded # bytes of guest discards recorded, cancelled by a write, carried out, dropped because the disk
@@ -157,6 +180,7 @@ cdef void snap_ref(Snap *snap) noexcept nogil
 cdef void snap_unref(Snap *snap) noexcept nogil
 cdef Snap *newest_needing(const Epoch *epoch, int64_t cluster) noexcept nogil
 cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil
+cdef void count_stall(Snap *snap, int kind, int64_t since_ns) noexcept nogil
 cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int64_t offset) noexcept nogil
 cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
 

@@ -25,13 +25,14 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport latency_free, latency_init
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, map_leaf,
                                  word_tag)
+from fastcbw.cbw.room cimport room_changed, room_destroy, room_init
 from fastcbw.cbw.store cimport Store, store_free
-from fastcbw.kernels.atomic cimport (add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
+from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq, bits_next_zero
 from fastcbw.kernels.sparse cimport sparse_bits, sparse_mark, sparse_next_one, sparse_test, summary_bits
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy,
-                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns)
+                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, now_ns, sleep_ns)
 
 cdef extern from "threads.h" nogil:
     int thread_slot "fcbw_thread_slot"() noexcept
@@ -57,6 +58,8 @@ cdef class EngineState:
         self.lines = <Line *>map_pages(LINES * sizeof(Line))
         if self.lines == NULL or latency_init(&self.latency, LINES) != 0:
             raise MemoryError("engine: no memory for the threads' counters")
+        if room_init(&self.room) != 0:
+            raise MemoryError("engine: no memory for its locks")
         self.broken_fd = -1
         self.number = 1
         self.epochs[1].number = 1
@@ -71,6 +74,7 @@ cdef class EngineState:
         for i in range(64):
             if self.stores[i] != NULL:
                 store_free(self.stores[i])
+        room_destroy(&self.room)
 
 
 # -- epochs
@@ -461,11 +465,17 @@ cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int6
         store_relaxed(&snap.broken_errno, <uint64_t>code)
         store_relaxed(&snap.broken_offset, <uint64_t>offset)
     cas_seq(&snap.dead, ALIVE, BROKEN)
+    room_changed(&state.room)
     wake_keeper(state)
 
 
 cdef void wake_keeper(EngineState state) noexcept nogil:
     write(state.broken_fd, &ONE, 8)
+
+
+cdef void count_stall(Snap *snap, int kind, int64_t since_ns) noexcept nogil:
+    add_relaxed(&snap.stalls[kind], 1)
+    add_relaxed(&snap.stall_ns[kind], <uint64_t>(now_ns() - since_ns))
 
 
 cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil:

@@ -4,14 +4,17 @@ RAM tier. Slots of one cluster in one anonymous mapping. Free slots are taken la
 was freed last is still in the processor's caches and certainly populated; memory that was never used is populated 64 KiB
 at a time, which costs less than a page fault for each 4 KiB, and never in huge pages (a cold one takes milliseconds).
 A slot's generation goes up at every allocation and is part of the location word: a reader copies, then looks the word up
-again, and a slot that came back with other data can't be mistaken.
+again, and a slot that came back with other data can't be mistaken. Used slots are in a list by age, so that the flusher
+finds the oldest. The limit is one of number, not of place: it may change at any time within the address space that was
+reserved, which is the machine's memory. Above a limit that shrank, a slot that is freed gives its memory back.
 
-Disk tier. A log that is only appended to, in segments of a header and up to 255 clusters. A position is never used
-twice; a segment whose last cluster was dropped is given back to the file system by a discard. The descriptors (cluster,
+Disk tier. A log that is only appended to, in segments of a header and up to 255 clusters. A position that a location word
+has named is never used again; a segment whose last cluster was dropped is given back to the file system by a discard. The descriptors (cluster,
 snapshot, CRC-32C) are kept in memory in the layout that the segment's header has on disk; writing the headers comes with
 recovery, since a log that nobody reads after a crash needs none.
 
-Both limits are hard: slots_take and log_take give less than was asked, and never wait.
+Both limits are hard: slots_take and log_take give less than was asked, and never wait. Who frees room wakes those that wait
+for it (cbw/room); what comes into the list above the RAM tier's high-water mark wakes the flusher.
 """
 
 from libc.errno cimport EIO
@@ -19,10 +22,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from cpython.ref cimport PyObject
 
-from fastcbw.bitmaps.mapping cimport map_pages, populate_pages, unmap_pages
+from fastcbw.bitmaps.mapping cimport forget_pages, map_pages, memory_bytes, populate_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
-from fastcbw.cbw.locmap cimport GENERATION_MASK, WORD_DISK, WORD_RAM, word_position, word_slot, word_tag
-from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, store32_relaxed, sub32_seq
+from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.locmap cimport GENERATION_MASK, SLOTS_MAX, WORD_DISK, WORD_RAM, word_position, word_slot, word_tag
+from fastcbw.cbw.rate cimport rate_note
+from fastcbw.cbw.room cimport Room, room_changed, room_want_flush
+from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, load_seq, store32_relaxed, sub32_seq
 from fastcbw.kernels.bytes cimport crc32c
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -30,10 +36,11 @@ cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
 
 cdef int64_t POPULATE_BYTES = 64 << 10
+cdef int FORGET_SLOTS = 64
 cdef int64_t LOG_TURNOVER = 64          # a log may be written through this many times its limit
 
 
-cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes) noexcept nogil:
+cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, Room *room) noexcept nogil:
     """A store with room for RAM_BYTES / cluster slots and a log of at most LOG_BYTES on disk; NULL without memory."""
     cdef Store *store = <Store *>calloc(1, sizeof(Store))
     cdef bint ok = True
@@ -44,12 +51,10 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
         return NULL
     store.index = index
     store.cluster_bytes = cluster_bytes
-    store.free_head = SLOT_NONE
+    store.room = room
+    store.free_head = store.cold_head = store.oldest = store.youngest = SLOT_NONE
     store.slots_limit = ram_bytes // cluster_bytes
-    if store.slots_limit:
-        store.pages = <char *>map_pages(store.slots_limit * cluster_bytes)
-        store.slots = <Slot *>map_pages(store.slots_limit * <int64_t>sizeof(Slot))
-        ok = store.pages != NULL and store.slots != NULL
+    ok = reserve(store)
     if log != NULL:
         store.log = log
         store.segment_clusters = (log_bytes - SEGMENT_HEADER) // cluster_bytes
@@ -72,12 +77,39 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
     return store
 
 
+cdef bint reserve(Store *store) noexcept nogil:
+    """Address space for as many slots as the machine has memory for, so that the limit can grow; at least for the limit."""
+    cdef int64_t want = memory_bytes() // store.cluster_bytes
+    if want > SLOTS_MAX:
+        want = SLOTS_MAX
+    if want < store.slots_limit:
+        want = store.slots_limit
+    while want:
+        store.pages = <char *>map_pages(want * store.cluster_bytes)
+        store.slots = <Slot *>map_pages(want * <int64_t>sizeof(Slot))
+        store.slots_reserved = want
+        if store.pages != NULL and store.slots != NULL:
+            return True
+        unreserve(store)
+        if want == store.slots_limit:
+            return False
+        want = store.slots_limit        # the system commits address space (or a limit of ours): no growth then
+    return True
+
+
+cdef void unreserve(Store *store) noexcept nogil:
+    if store.pages != NULL:
+        unmap_pages(store.pages, store.slots_reserved * store.cluster_bytes)
+    if store.slots != NULL:
+        unmap_pages(store.slots, store.slots_reserved * <int64_t>sizeof(Slot))
+    store.pages = NULL
+    store.slots = NULL
+    store.slots_reserved = 0
+
+
 cdef void store_free(Store *store) noexcept nogil:
     """Nobody may look into the store any more."""
-    if store.pages != NULL:
-        unmap_pages(store.pages, store.slots_limit * store.cluster_bytes)
-    if store.slots != NULL:
-        unmap_pages(store.slots, store.slots_limit * <int64_t>sizeof(Slot))
+    unreserve(store)
     if store.live != NULL:
         unmap_pages(store.live, store.positions_limit // store.segment_clusters * 4)
     if store.descriptors != NULL:
@@ -91,21 +123,27 @@ cdef void store_free(Store *store) noexcept nogil:
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil:
     cdef int64_t i, taken = 0, fresh_end, grow = 0, grow_at = 0
     cdef uint32_t slot
-    if store.slots_limit == 0:
-        return 0
     pthread_mutex_lock(&store.lock)
+    if count > store.slots_limit - store.slots_used:
+        count = store.slots_limit - store.slots_used
     while taken < count and store.free_head != SLOT_NONE:
         slots[taken] = store.free_head
         store.free_head = store.slots[store.free_head].next
         taken += 1
-    fresh_end = store.slots_fresh + (count - taken)
-    if fresh_end > store.slots_limit:
-        fresh_end = store.slots_limit
-    while store.slots_fresh < fresh_end:
-        slots[taken] = <uint32_t>store.slots_fresh
-        store.slots_fresh += 1
+    while taken < count and store.cold_head != SLOT_NONE:
+        slots[taken] = store.cold_head
+        store.cold_head = store.slots[store.cold_head].next
         taken += 1
-    store.slots_used += taken
+    # Nothing is free among those before: the limit of number is one of place here.
+    fresh_end = store.slots_fresh
+    while taken < count:
+        slots[taken] = <uint32_t>fresh_end
+        fresh_end += 1
+        taken += 1
+    store.slots_fresh = fresh_end
+    if taken > 0:
+        store.slots_used += taken
+        rate_note(&store.filling, taken)
     if store.slots_used > store.slots_used_max:
         store.slots_used_max = store.slots_used
     if fresh_end * store.cluster_bytes > store.populated:
@@ -123,6 +161,7 @@ cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept n
         # Relaxed is enough: the generation reaches others inside a location word, published with release.
         store32_relaxed(&store.slots[slot].generation, (store.slots[slot].generation + 1) & GENERATION_MASK)
         store32_relaxed(&store.slots[slot].refs, 1)
+        store.slots[slot].older = SLOT_OFF
     # A reader that copies from a reused slot must see that its word has changed: the word was cleared before the slot came
     # back here, and this fence keeps the new data behind that.
     fence_release()
@@ -131,21 +170,135 @@ cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept n
 
 cdef void slot_unref(Store *store, int64_t slot) noexcept nogil:
     cdef uint32_t before = sub32_seq(&store.slots[slot].refs, 1)
+    cdef bint cold = False
     check(before > 0, "a slot is freed once")
     if before != 1:
         return
+    if store.slots_used > store.slots_limit:        # a limit that shrank; a racing change of it costs a page more or less
+        forget_pages(slot_data(store, slot), store.cluster_bytes)
+        cold = True
     pthread_mutex_lock(&store.lock)
-    store.slots[slot].next = store.free_head
-    store.free_head = <uint32_t>slot
+    if store.slots[slot].older != SLOT_OFF:
+        unlist(store, <uint32_t>slot)
+    if cold:
+        store.slots[slot].next = store.cold_head
+        store.cold_head = <uint32_t>slot
+    else:
+        store.slots[slot].next = store.free_head
+        store.free_head = <uint32_t>slot
     store.slots_used -= 1
+    rate_note(&store.filling, -1)
     pthread_mutex_unlock(&store.lock)
+    room_changed(store.room)
+
+
+cdef inline void enlist(Store *store, uint32_t slot) noexcept nogil:
+    store.slots[slot].older = store.youngest
+    store.slots[slot].next = SLOT_NONE
+    if store.youngest == SLOT_NONE:
+        store.oldest = slot
+    else:
+        store.slots[store.youngest].next = slot
+    store.youngest = slot
+
+
+cdef inline void unlist(Store *store, uint32_t slot) noexcept nogil:
+    cdef uint32_t older = store.slots[slot].older
+    cdef uint32_t younger = store.slots[slot].next
+    if older == SLOT_NONE:
+        store.oldest = younger
+    else:
+        store.slots[older].next = younger
+    if younger == SLOT_NONE:
+        store.youngest = older
+    else:
+        store.slots[younger].older = older
+    store.slots[slot].older = SLOT_OFF
+
+
+cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count) noexcept nogil:
+    cdef int64_t i
+    cdef bint ask = False
+    pthread_mutex_lock(&store.lock)
+    for i in range(count):
+        store.slots[slots[i]].cluster = <uint64_t>clusters[i]
+        enlist(store, <uint32_t>slots[i])
+    if store.log != NULL and not store.flush_asked and store.slots_used > high_water(store):
+        store.flush_asked = ask = True
+    pthread_mutex_unlock(&store.lock)
+    if ask:
+        room_want_flush(store.room)
+
+
+cdef int64_t slots_oldest(Store *store, int64_t *slots, int64_t *clusters, uint32_t *generations, int64_t count) noexcept nogil:
+    cdef int64_t i, got = 0
+    cdef uint32_t slot
+    pthread_mutex_lock(&store.lock)
+    slot = store.oldest
+    while got < count and slot != SLOT_NONE:
+        slots[got] = slot
+        clusters[got] = <int64_t>store.slots[slot].cluster
+        generations[got] = store.slots[slot].generation
+        got += 1
+        slot = store.slots[slot].next
+    for i in range(got):
+        unlist(store, <uint32_t>slots[i])
+        enlist(store, <uint32_t>slots[i])
+    pthread_mutex_unlock(&store.lock)
+    return got
+
+
+cdef void slots_set_limit(Store *store, int64_t limit) noexcept nogil:
+    cdef int64_t left
+    cdef bint ask = False
+    pthread_mutex_lock(&store.lock)
+    store.slots_limit = limit
+    left = store.slots_fresh - store.slots_used if store.slots_fresh > limit else 0
+    if store.populated > store.slots_fresh * store.cluster_bytes:
+        forget_pages(store.pages + store.slots_fresh * store.cluster_bytes,
+                     store.populated - store.slots_fresh * store.cluster_bytes)
+        store.populated = store.slots_fresh * store.cluster_bytes
+    if store.log != NULL and not store.flush_asked and store.slots_used > high_water(store):
+        store.flush_asked = ask = True
+    while left > 0 and store.free_head != SLOT_NONE:
+        forget_some(store, FORGET_SLOTS)
+        left -= FORGET_SLOTS
+        pthread_mutex_unlock(&store.lock)       # a guest's first touch may be waiting
+        pthread_mutex_lock(&store.lock)
+    pthread_mutex_unlock(&store.lock)
+    if ask:
+        room_want_flush(store.room)
+    room_changed(store.room)
+
+
+cdef void forget_some(Store *store, int count) noexcept nogil:
+    """Give the memory of COUNT free slots back to the system, under the lock, since nobody may take them meanwhile."""
+    cdef uint32_t slot
+    while count > 0 and store.free_head != SLOT_NONE:
+        slot = store.free_head
+        store.free_head = store.slots[slot].next
+        forget_pages(slot_data(store, slot), store.cluster_bytes)
+        store.slots[slot].next = store.cold_head
+        store.cold_head = slot
+        count -= 1
+
+
+cdef int64_t store_room(Store *store, bint with_log) noexcept nogil:
+    cdef int64_t room
+    pthread_mutex_lock(&store.lock)
+    room = store.slots_limit - store.slots_used
+    if room < 0:
+        room = 0
+    if with_log and store.log != NULL and store.head < store.positions_limit and store.segments_used <= store.segments_limit:
+        if store.head % store.segment_clusters:
+            room += store.segment_clusters - store.head % store.segment_clusters
+        if store.segments_used < store.segments_limit:
+            room += (store.segments_limit - store.segments_used) * store.segment_clusters
+    pthread_mutex_unlock(&store.lock)
+    return room
 
 
 # -- disk tier
-
-cdef inline int64_t segment_bytes(const Store *store) noexcept nogil:
-    return SEGMENT_HEADER + store.segment_clusters * store.cluster_bytes
-
 
 cdef int64_t log_offset(const Store *store, int64_t position) noexcept nogil:
     return (position // store.segment_clusters * segment_bytes(store) + SEGMENT_HEADER
@@ -158,6 +311,9 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
     if store.log == NULL:
         return 0
     pthread_mutex_lock(&store.lock)
+    if store.segments_used > store.segments_limit:      # a limit that shrank
+        pthread_mutex_unlock(&store.lock)
+        return 0
     left = store.segment_clusters - store.head % store.segment_clusters
     if left == store.segment_clusters:          # a new segment begins
         if store.segments_used >= store.segments_limit or store.head >= store.positions_limit:
@@ -169,6 +325,7 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
     first[0] = store.head
     store.head += count
     store.log_used += count
+    rate_note(&store.filling, count)
     store.live[first[0] // store.segment_clusters] += <uint32_t>count
     pthread_mutex_unlock(&store.lock)
     return count
@@ -176,11 +333,12 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
 
 cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
     cdef int64_t segment = position // store.segment_clusters
-    cdef bint empty
+    cdef bint empty, ask
     pthread_mutex_lock(&store.lock)
     check(store.live[segment] > 0, "a log record is freed once")
     store.live[segment] -= 1
     store.log_used -= 1
+    rate_note(&store.filling, -1)
     # The segment that is being appended to stays, even when nothing in it is live just now.
     empty = store.live[segment] == 0 and store.head >= (segment + 1) * store.segment_clusters
     pthread_mutex_unlock(&store.lock)
@@ -189,7 +347,38 @@ cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
         (<BlockDevice>store.log).discard_at(segment * segment_bytes(store), segment_bytes(store), 0)
         pthread_mutex_lock(&store.lock)
         store.segments_used -= 1
+        ask = store.flush_asked
         pthread_mutex_unlock(&store.lock)
+        if ask:
+            room_want_flush(store.room)
+        room_changed(store.room)
+
+
+cdef void log_untake(Store *store, int64_t position) noexcept nogil:
+    cdef bint last
+    pthread_mutex_lock(&store.lock)
+    last = position == store.head - 1
+    if last:
+        store.head = position
+        store.live[position // store.segment_clusters] -= 1
+        store.log_used -= 1
+        rate_note(&store.filling, -1)
+        if position % store.segment_clusters == 0:
+            store.segments_used -= 1        # begun for it
+    pthread_mutex_unlock(&store.lock)
+    if not last:
+        log_give_back(store, position)
+
+
+cdef void log_set_limit(Store *store, int64_t segments) noexcept nogil:
+    cdef bint ask
+    pthread_mutex_lock(&store.lock)
+    store.segments_limit = segments
+    ask = store.flush_asked
+    pthread_mutex_unlock(&store.lock)
+    if ask:
+        room_want_flush(store.room)
+    room_changed(store.room)
 
 
 cdef int log_write(Store *store, int64_t position, const void *data, int64_t count, int64_t cluster, uint64_t snapshot) noexcept nogil:
@@ -199,6 +388,26 @@ cdef int log_write(Store *store, int64_t position, const void *data, int64_t cou
         store.descriptors[position + i].snapshot = <uint32_t>snapshot
         store.descriptors[position + i].crc = crc32c(0, <const char *>data + i * store.cluster_bytes, store.cluster_bytes)
     return (<BlockDevice>store.log).pwrite(data, log_offset(store, position), count * store.cluster_bytes, 0)
+
+
+cdef int log_write_slots(Store *store, int64_t position, const int64_t *slots, const int64_t *clusters, const uint64_t *snapshots,
+                         int64_t count) noexcept nogil:
+    cdef iovec vector[SEGMENT_CLUSTERS_MAX]
+    cdef Descriptor *descriptor
+    cdef int64_t i
+    cdef int vectors = 0
+    for i in range(count):
+        descriptor = &store.descriptors[position + i]
+        descriptor.cluster = <uint64_t>clusters[i]
+        descriptor.snapshot = <uint32_t>snapshots[i]
+        descriptor.crc = crc32c(0, slot_data(store, slots[i]), store.cluster_bytes)
+        if vectors and slot_data(store, slots[i]) == <char *>vector[vectors - 1].iov_base + vector[vectors - 1].iov_len:
+            vector[vectors - 1].iov_len += <size_t>store.cluster_bytes
+        else:
+            vector[vectors].iov_base = slot_data(store, slots[i])
+            vector[vectors].iov_len = <size_t>store.cluster_bytes
+            vectors += 1
+    return (<BlockDevice>store.log).pwritev(vector, vectors, log_offset(store, position), count * store.cluster_bytes, 0)
 
 
 cdef int log_read(Store *store, int64_t position, void *data) noexcept nogil:

@@ -30,6 +30,8 @@ cdef struct Copy:
     int items_count
     CopyItem items[ROUND_CLUSTERS]
     char *bounce                    # memory of the items without a slot
+    bint partial                    # on-full is `wait`: what finds no room is left, the others are done
+    int left                        # items that found none
     int code                        # 0 or -errno
     uint64_t why                    # WHY_SOURCE, WHY_STORE or WHY_FULL, with `code`
     int64_t error_offset

@@ -20,8 +20,8 @@ from libc.string cimport memcpy, memset
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.state cimport (WHY_FULL, WHY_SOURCE, WHY_STORE, claim_release, geometry_ref, geometry_unref, snap_ref, snap_unref)
-from fastcbw.cbw.store cimport Store, log_give_back, log_take, log_write, slot_data, slot_unref
-from fastcbw.kernels.atomic cimport add_seq, sub_seq
+from fastcbw.cbw.store cimport Store, log_take, log_untake, log_write, slot_data, slot_unref
+from fastcbw.kernels.atomic cimport add_seq, load_seq, sub_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
                            pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -118,7 +118,11 @@ cdef int take_room(Copy *copy) noexcept nogil:
         if item.slot >= 0 or item.zero:
             continue
         if got == 0:
-            got = log_take(store, left, &position)
+            # One that waits for room leaves a failing disk tier to the flusher, which tries again.
+            got = 0 if copy.partial and load_seq(&store.log_error) else log_take(store, left, &position)
+            if got == 0 and copy.partial:
+                copy.left = <int>left
+                break
             if got == 0:
                 copy.why = WHY_FULL
                 copy.error_offset = item.cluster * store.cluster_bytes
@@ -133,9 +137,9 @@ cdef int take_room(Copy *copy) noexcept nogil:
 cdef void positions_give_back(Copy *copy) noexcept nogil:
     """May tell the disk tier to drop a segment: never on the guest's own thread."""
     cdef int i
-    for i in range(copy.items_count):
+    for i in range(copy.items_count - 1, -1, -1):
         if copy.items[i].position >= 0:
-            log_give_back(copy.snap.store, copy.items[i].position)
+            log_untake(copy.snap.store, copy.items[i].position)
             copy.items[i].position = -1
 
 
@@ -205,6 +209,7 @@ cdef int copy_in_pool(PyObject *pool, Copy *copy, int64_t deadline_ns) noexcept 
     if code == 0:
         code = task.code
         memcpy(copy.items, task.items, sizeof(task.items))
+        copy.left = task.left
         copy.why = task.why
         copy.error_offset = task.error_offset
         drop_references(task)

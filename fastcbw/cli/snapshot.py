@@ -1,16 +1,16 @@
-"""``fastcbw snapshot create|list|delete``: snapshots of a running daemon."""
+"""``fastcbw snapshot create|set|list|delete``: snapshots of a running daemon."""
 
 from __future__ import annotations
 
 import argparse
 
-from fastcbw.cli.common import add_json, add_options, add_qmp, check_options, connect, print_json, print_table
-from fastcbw.qmp.options import SNAPSHOT_OPTIONS
+from fastcbw.cli.common import UsageError, add_json, add_options, add_qmp, check_options, connect, print_json, print_table
+from fastcbw.qmp.options import LIVE_OPTIONS, SNAPSHOT_OPTIONS
 from fastcbw.units import format_size
 
 
 def add_parser(verbs) -> None:
-    parser = verbs.add_parser("snapshot", help="create, list or delete snapshots of a running daemon")
+    parser = verbs.add_parser("snapshot", help="create, change, list or delete snapshots of a running daemon")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     create = actions.add_parser("create", help="take a snapshot of one disk, or of several at one instant")
@@ -18,6 +18,12 @@ def add_parser(verbs) -> None:
     create.add_argument("--name", required=True, metavar="SNAP")
     add_options(create, SNAPSHOT_OPTIONS, "snapshot options")
     create.set_defaults(run=run_create)
+
+    change = actions.add_parser("set", help="change limits and policies of a snapshot that lives")
+    change.add_argument("disks", nargs="+", metavar="DISK")
+    change.add_argument("--name", required=True, metavar="SNAP")
+    add_options(change, LIVE_OPTIONS, "what to change")
+    change.set_defaults(run=run_set)
 
     listing = actions.add_parser("list", help="list all snapshots")
     listing.set_defaults(run=run_list)
@@ -27,7 +33,7 @@ def add_parser(verbs) -> None:
     delete.add_argument("--name", required=True, metavar="SNAP")
     delete.set_defaults(run=run_delete)
 
-    for action in (create, listing, delete):
+    for action in (create, change, listing, delete):
         add_qmp(action)
         add_json(action)
 
@@ -42,6 +48,26 @@ def run_create(arguments: argparse.Namespace) -> int:
         for snapshot in created:
             print(snapshot.get("uri", f"{snapshot['disk']}@{snapshot['name']}"))
     return 0
+
+
+def run_set(arguments: argparse.Namespace) -> int:
+    options = check_options(LIVE_OPTIONS, arguments)
+    if not options:
+        raise UsageError(f"nothing to change (give {', '.join(f'--{option.name}' for option in LIVE_OPTIONS)})")
+    with connect(arguments) as daemon:
+        changed = daemon.client.execute("fastcbw-snapshot-set", name=arguments.name, disks=arguments.disks, **options)
+    if arguments.json:
+        print_json(changed)
+    else:
+        _print_tiers(changed)
+    return 0
+
+
+def _print_tiers(snapshots: list[dict]) -> None:
+    print_table(("SNAPSHOT", "RAM", "OF", "DISK", "OF", "ON FULL", "ON ERROR"), [
+        (f"{found['disk']}@{found['name']}", *(format_size(found["status"].get(key, 0)) for key in
+         ("ram_bytes", "ram_limit", "disk_bytes", "disk_limit")), found["status"]["on_full"], found["status"]["on_cbw_error"])
+        for found in snapshots])
 
 
 def run_list(arguments: argparse.Namespace) -> int:

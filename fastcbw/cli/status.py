@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         print()
         print_table(("SNAPSHOT", "LENGTH", "STATE", "PRESERVED", "RAM", "OF", "DISK", "OF", "HOLDS"), [_row(found) for found in snapshots])
         for found in snapshots:
-            if found["status"].get("reason"):
-                print(f"{found['disk']}@{found['name']}: {found['status']['reason']}")
+            for line in _remarks(found["status"]):
+                print(f"{found['disk']}@{found['name']}: {line}")
     if status["jobs"]:
         print()
         print_table(("JOB", "STATUS", "SOURCE", "TARGET", "DONE", "RATE"), [
@@ -57,6 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
             if job.get("error"):
                 print(f"{job['id']}: {job['error']}")
     return 0
+
+
+def _remarks(kept: dict) -> list[str]:
+    """What is to be said of a snapshot beside its row."""
+    remarks = [kept["reason"]] if kept.get("reason") else []
+    if kept.get("seconds_to_full") is not None:
+        remarks.append(f"full in {kept['seconds_to_full']:.0f} s at the present rate")
+    if kept.get("disk_error"):
+        remarks.append(f"the disk tier fails: {kept['disk_error']} (what was to go there stays in RAM, and is tried again)")
+    if kept.get("refused_writes"):
+        remarks.append(f"{kept['refused_writes']} guest writes failed for its sake, the last because: {kept['refused_reason']}")
+    return remarks
 
 
 def _row(found: dict) -> tuple:

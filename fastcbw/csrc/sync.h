@@ -11,7 +11,10 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 static inline int64_t fcbw_now_ns(void)
 {
@@ -51,6 +54,15 @@ static inline int fcbw_run_in_background(void)
 {
     struct sched_param none = { 0 };
     return pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
+}
+
+/* From here on the calling thread gets a small share of a busy processor (nice 10), and its disk I/O comes after that of
+ * others where the disk's scheduler looks (the lowest best-effort level). For work that gives way to the guest, and that a guest
+ * may yet have to wait for: SCHED_IDLE or the idle class could keep it from its turn for seconds. */
+static inline void fcbw_give_way(void)
+{
+    if (setpriority(PRIO_PROCESS, 0, 10) == 0)              /* 0: on Linux this thread */
+        syscall(SYS_ioprio_set, 1 /* a thread */, 0 /* this one */, 2 << 13 | 7);
 }
 
 #endif

@@ -10,7 +10,7 @@ from fastcbw.qmp.errors import QmpError
 from fastcbw.qmp.introspection import describe_schema
 from fastcbw.qmp.job_commands import JOB_COMMANDS
 from fastcbw.qmp.node_commands import COMMANDS as NODE_COMMANDS
-from fastcbw.qmp.options import BACKUP_OPTIONS, SNAPSHOT_OPTIONS, Option, refusals
+from fastcbw.qmp.options import BACKUP_OPTIONS, LIVE_OPTIONS, SNAPSHOT_OPTIONS, Option, refusals
 from fastcbw.qmp.schema import Argument, Command, Schema
 from fastcbw.qmp.server import VERSION
 
@@ -51,6 +51,12 @@ def _snapshot_create(daemon: Daemon, name: str, disks: list, **options) -> list:
 
 def _snapshot_delete(daemon: Daemon, name: str, disks: list) -> None:
     daemon.delete_snapshot(name, disks)
+
+
+def _snapshot_set(daemon: Daemon, name: str, disks: list, **options) -> list:
+    _refuse(LIVE_OPTIONS, options)
+    snapshots = daemon.set_snapshot(name, disks, **options)
+    return [_describe(snapshot, daemon) for snapshot in snapshots]
 
 
 def _snapshot_list(daemon: Daemon) -> list:
@@ -110,6 +116,8 @@ COMMANDS = Schema([
             (_SNAPSHOT_NAME, _DISKS, *_arguments(SNAPSHOT_OPTIONS))),
     Command("fastcbw-snapshot-delete", "delete a snapshot that nobody uses", _snapshot_delete,
             (_SNAPSHOT_NAME, _DISKS)),
+    Command("fastcbw-snapshot-set", "change limits and policies of a snapshot that lives", _snapshot_set,
+            (_SNAPSHOT_NAME, _DISKS, *_arguments(LIVE_OPTIONS))),
     Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list),
     Command("fastcbw-backup", "start a backup job", _backup, (
         Argument("disk", "str", "the disk", required=True),

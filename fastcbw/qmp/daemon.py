@@ -167,6 +167,18 @@ class Daemon:
                     self.nbd.remove_export(_export_name(snapshot), force=True)
         self.emit("FASTCBW_SNAPSHOT_DELETED", {"name": name, "disks": list(disks)})
 
+    def set_snapshot(self, name: str, disks: Sequence[str], *, on_full: str | None = None, on_cbw_error: str | None = None,
+                     **limits) -> list:
+        """Change limits (ram, spill_limit) and policies of the snapshot NAME of each of DISKS, one after the other."""
+        with self._change:
+            if on_full is None and on_cbw_error is None and not any(value is not None for value in limits.values()):
+                raise ValueError(f"snapshot {name}: nothing to change (give ram, spill-limit, on-full or on-cbw-error)")
+            snapshots = [self.snapshot(disk, name) for disk in _distinct(disks)]
+            for snapshot in snapshots:
+                snapshot.set_limits(**limits)
+                snapshot.set_policy(on_full=on_full, on_cbw_error=on_cbw_error)
+        return snapshots
+
     def _check_unused(self, snapshot) -> None:
         name = _export_name(snapshot)
         for record in self.jobs.all():

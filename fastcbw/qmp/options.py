@@ -59,9 +59,9 @@ SNAPSHOT_OPTIONS = (
     Option("new-bitmap", "str", "name of a dirty bitmap that starts, empty, at the same instant"),
     Option("new-bitmap-granularity", "size", "its bytes per bit (default that of --bitmap, or 64K)"),
     Option("on-full", "str", "when the limits are reached (default break-snapshot)",
-           choices=("wait", "break-snapshot", "break-guest-write"), built=("break-snapshot",)),
+           choices=("wait", "break-snapshot", "break-guest-write")),
     Option("on-cbw-error", "str", "when source or store fails (default break-snapshot)",
-           choices=("break-snapshot", "break-guest-write"), built=("break-snapshot",)),
+           choices=("break-snapshot", "break-guest-write")),
     Option("cbw-timeout", "int", "longest wait of a guest write in milliseconds (default 5000)"),
     Option("copy-on-read", "bool", "keep in RAM what readers read", built=(), off=False),
     Option("export", "str", "how the snapshot is exported (default ro)",
@@ -69,6 +69,9 @@ SNAPSHOT_OPTIONS = (
     Option("durability", "str", "what the store survives (default none)",
            choices=("none", "process", "power"), built=("none",)),
 )
+
+#: What can be changed of a snapshot that lives.
+LIVE_OPTIONS = tuple(option for option in SNAPSHOT_OPTIONS if option.name in ("ram", "spill-limit", "on-full", "on-cbw-error"))
 
 BACKUP_OPTIONS = (
     Option("order", "str", "copy order, one policy or several with commas (default sequential)", choices=ORDERS, check=parse_order),

@@ -180,6 +180,18 @@ class RemoteSnapshot(_RemoteBytes):
         """Start a backup of this snapshot to the file TARGET, on the daemon's machine."""
         return self.daemon.backup(self.disk, target, snapshot=self.name, **options)
 
+    def set_limits(self, *, ram: int | str | None = None, spill_limit: int | str | None = None) -> None:
+        """Change the limits of its tiers; see Snapshot.set_limits."""
+        self._set(ram=ram, spill_limit=spill_limit)
+
+    def set_policy(self, *, on_full: str | None = None, on_cbw_error: str | None = None) -> None:
+        """Change its policies; see Snapshot.set_policy."""
+        self._set(on_full=on_full, on_cbw_error=on_cbw_error)
+
+    def _set(self, **options) -> None:
+        given = {keyword: value for keyword, value in options.items() if value is not None}
+        self.daemon.client.execute("fastcbw-snapshot-set", name=self.name, disks=[self.disk], **given)
+
     def status(self) -> dict:
         """Return what the daemon knows of this snapshot."""
         for found in self.daemon.snapshots():

@@ -1,10 +1,12 @@
 """The engine beside a plain model, driven by Hypothesis: same calls, same bytes, same accounts, after every step.
 
 One thread, so the model predicts everything: what the guest disk reads, what every snapshot reads, how many clusters were
-preserved and found to be zeroes, how much the tiers hold, and exactly which write makes a snapshot be given up because
-both tiers are full. FASTCBW_EXAMPLES=N runs N random examples instead of the fixed ones.
+preserved and found to be zeroes, how much the tiers hold, and exactly which write finds both tiers full, so that a snapshot
+is given up or the write refused, as its policy says. The flusher works meanwhile; limits change. FASTCBW_EXAMPLES=N runs N random examples instead of the fixed ones.
 """
 
+import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -12,18 +14,18 @@ import tempfile
 import numpy as np
 import pytest
 from engine_disks import KINDS, QUEUE_KINDS, guest_of, make_disk, wait_until
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from model.plain import PlainBitmap, PlainDisk
+from model.plain import GuestWriteRefused, PlainBitmap, PlainDisk
 
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.engine import Engine
-from fastcbw.errors import NotInSnapshot, SnapshotBroken
+from fastcbw.errors import LimitReached, NotInSnapshot, SnapshotBroken
 from fastcbw.jobs.backup import BackupJob
 
 EXAMPLES = os.environ.get("FASTCBW_EXAMPLES")
-CONFIG = settings(max_examples=int(EXAMPLES or 40), stateful_step_count=40, deadline=None, derandomize=EXAMPLES is None,
+CONFIG = settings(max_examples=int(EXAMPLES or 40), stateful_step_count=40, deadline=None, derandomize=EXAMPLES is None, phases=[Phase.generate],
                   suppress_health_check=list(HealthCheck))
 
 # No more than one round of the intercept (1 MiB), so that a write that finds no room preserved nothing at all.
@@ -57,6 +59,19 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- the guest
 
+    def refused_alike(self, ours, models):
+        """Both change the disk, or both refuse to."""
+        try:
+            ours()
+            refused = None
+        except OSError as error:
+            refused = error
+        try:
+            models()
+            assert refused is None
+        except GuestWriteRefused:
+            assert refused is not None and refused.errno == errno.ENOSPC and "both tiers" in str(refused)
+
     @rule(data=st.data(), byte=st.integers(0, 255))
     def write(self, data, byte):
         offset, length = self.span(data)
@@ -75,8 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
         overwrites in part the other part is as before or zeroes, and marked or not."""
         live, size = len(self.model.live), self.model.recorded_size
         ends = {offset // size, (offset + length - 1) // size} & self.model.recorded if size else set()
-        ours()
-        models()
+        self.refused_alike(ours, models)
         self.finish_discards()
         if len(self.model.live) < live:
             for cluster in ends:
@@ -103,8 +117,8 @@ class EngineMachine(RuleBasedStateMachine):
     # -- snapshots
 
     @precondition(lambda self: len(self.views) < 5)
-    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS, data=st.data())
-    def snapshot(self, size, ram, log, data):
+    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS, on_full=st.sampled_from(["break-snapshot", "break-guest-write"]), data=st.data())
+    def snapshot(self, size, ram, log, on_full, data):
         if not self.model.live:     # the keeper may still be ending what is broken; afterwards the size is free again
             wait_until(lambda: self.engine.cluster_size is None)
         size = self.model.cluster_size or size
@@ -112,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
             ram = 1
         self.number += 1
         name = f"s{self.number}"
-        options = {"cluster_size": size, "ram": ram * size}
+        options = {"cluster_size": size, "ram": ram * size, "on_full": on_full}
         if log:
             options |= {"spill": self.folder.name, "spill_limit": 4096 + log * size}
         bitmaps = {}
@@ -124,7 +138,26 @@ class EngineMachine(RuleBasedStateMachine):
         facts = self.engine.report(name)
         capacity = (facts["ram_limit"] + facts["disk_limit"]) // size
         assert ram <= capacity <= ram + log
-        self.model.snapshot(name, cluster_size=size, capacity=capacity, **bitmaps)
+        self.model.snapshot(name, cluster_size=size, capacity=capacity, on_full=on_full, **bitmaps)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), ram=ROOMS, log_more=st.sampled_from([0, 1, 5]))
+    def set_limits(self, data, ram, log_more):
+        """RAM up and down, the disk tier up: what is in it above a smaller limit stays, and the model has no words for that."""
+        plain = data.draw(st.sampled_from(self.model.live))
+        facts = self.engine.report(plain.name)
+        size = facts["cluster_size"]
+        limits = {"ram": ram * size}
+        if facts["disk_limit"]:
+            limits["spill_limit"] = facts["disk_limit"] // size * (4096 + size) + log_more * (4096 + 20 * size)
+        if ram == 0 and not facts["disk_limit"]:
+            return
+        with contextlib.suppress(LimitReached):         # a small log can't grow for ever; then nothing changes
+            self.engine.set_limits(plain.name, **limits)
+        wait_until(lambda: self.engine.flusher_idle)
+        now = self.engine.report(plain.name)
+        assert now["ram_limit"] in (ram * size, facts["ram_limit"]) and now["disk_limit"] >= facts["disk_limit"]
+        plain.capacity = (now["ram_limit"] + now["disk_limit"]) // size
 
     # -- dirty bitmaps
 
@@ -259,12 +292,16 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def the_accounts_agree(self):
         for plain in self.model.live:
+            wait_until(lambda: self.engine.flusher_idle)
             facts = self.engine.report(plain.name)
             assert facts["preserved_clusters"] == plain.preserved
             assert facts["zero_clusters"] == plain.preserved_zero
             assert facts["ram_bytes"] + facts["disk_bytes"] == plain.held * facts["cluster_size"]
-            assert facts["ram_bytes"] == min(plain.held * facts["cluster_size"], facts["ram_limit"])    # RAM first
             assert facts["disk_bytes"] <= facts["disk_limit"]
+            if facts["disk_bytes"] < facts["disk_limit"]:       # the flusher has made room, or had no need to
+                assert facts["ram_bytes"] <= facts["ram_limit"] * 3 // 4
+            elif not facts["disk_limit"] and plain.held <= plain.capacity:
+                assert facts["ram_bytes"] <= facts["ram_limit"]
 
     @invariant()
     def extents_tell_the_truth(self):

@@ -25,6 +25,21 @@ def test_a_snapshot_is_created_listed_backed_up_and_deleted(served, run, image, 
     assert run("snapshot", "list", **qmp).stdout == "DISK  SNAPSHOT  LENGTH  STATE\n"
 
 
+def test_limits_and_policies_of_a_snapshot_are_changed_while_it_lives(served, run, tmp_path):
+    qmp = {"FASTCBW_QMP": "nbd.qmp"}
+    run("snapshot", "create", "--name", "s", "--ram", "8K", "--on-full", "break-guest-write", "vm", **qmp)
+    with Client(tmp_path / "nbd", "vm") as guest:
+        with pytest.raises(OSError, match="both tiers at their limits"):
+            guest.write(0, b"n" * 12288)
+        (changed,) = json.loads(run("snapshot", "set", "--name", "s", "--ram", "1M", "--on-full", "break-snapshot", "vm", "--json", **qmp).stdout)
+        assert (changed["status"]["ram_limit"], changed["status"]["on_full"], changed["status"]["refused_writes"]) == (1 << 20, "break-snapshot", 1)
+        guest.write(0, b"n" * 12288)
+    assert "1 guest writes failed for its sake" in run("status", **qmp).stdout
+    assert "1M" in run("snapshot", "set", "--name", "s", "--ram", "1M", "vm", **qmp).stdout
+    done = run("snapshot", "set", "--name", "s", "--spill-limit", "1M", "vm", **qmp)
+    assert (done.returncode, "has no disk tier" in done.stderr) == (1, True)
+
+
 def test_a_backup_of_a_disk_of_a_daemon_leaves_no_snapshot_behind(served, run, image, tmp_path):
     assert run("backup", "vm", "out.img", FASTCBW_QMP="nbd.qmp").returncode == 0
     assert (tmp_path / "out.img").read_bytes() == image.read_bytes()

@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+class GuestWriteRefused(Exception):
+    """A snapshot is full, and its policy protects it from the guest."""
+
+
 @dataclass
 class PlainSnapshot:
     """A copy of the disk. `kept`: cluster -> whether its old data takes room in the store (zeroes do not).
@@ -21,6 +25,7 @@ class PlainSnapshot:
     data: bytes
     capacity: int
     copy: frozenset[int] | None = None
+    on_full: str = "break-snapshot"
     broken: bool = False
     kept: dict[int, bool] = field(default_factory=dict)
     preserved: int = 0
@@ -78,9 +83,10 @@ class PlainDisk:
         return bytes(self.data[offset : offset + length])
 
     def write(self, offset: int, data: bytes) -> None:
+        """GuestWriteRefused when a snapshot's policy says so; then nothing is written."""
+        self._preserve(offset, len(data))
         if self.recorded:       # cancelled there
             self.recorded -= set(range(offset // self.recorded_size, -(-(offset + len(data)) // self.recorded_size)))
-        self._preserve(offset, len(data))
         self.data[offset : offset + len(data)] = data
 
     def write_zeroes(self, offset: int, length: int) -> None:
@@ -135,11 +141,11 @@ class PlainDisk:
     # -- snapshots
 
     def snapshot(self, name: str, *, cluster_size: int, capacity: int, bitmap: str | None = None, new_bitmap: str | None = None,
-                 new_bitmap_granularity: int | None = None) -> PlainSnapshot:
+                 new_bitmap_granularity: int | None = None, on_full: str = "break-snapshot") -> PlainSnapshot:
         """capacity: clusters that both tiers together can hold."""
         self.cluster_size = self.recorded_size = cluster_size
         copy = None if bitmap is None else frozenset(self.bitmaps[bitmap].in_units(cluster_size, self.length))
-        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy)
+        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy, on_full)
         if new_bitmap is not None:
             inherited = 65536 if bitmap is None else self.bitmaps[bitmap].granularity
             self.bitmaps[new_bitmap] = PlainBitmap(new_bitmap_granularity or inherited)
@@ -185,13 +191,16 @@ class PlainDisk:
         while missing := [(self._needing(c), c) for c in asked if self._needing(c) is not None]:
             newest = missing[0][0]
             old = {c: any(self.data[c * size : (c + 1) * size]) for needing, c in missing if needing is newest}
-            if newest.held + sum(old.values()) > newest.capacity:
+            if newest.held + sum(old.values()) > newest.capacity and any(old.values()):
+                if newest.on_full == "break-guest-write":
+                    raise GuestWriteRefused(newest.name)
                 # Some of it may have been preserved before there was no room; an older snapshot then has it already.
                 self.break_snapshot(newest.name)
                 if not self.live:
                     return
                 continue
             newest.kept.update(old)
+            self.recorded -= set(old)
             newest.preserved += len(old)
             newest.preserved_zero += len(old) - sum(old.values())
 

@@ -44,7 +44,7 @@ def test_a_snapshot_of_the_wrong_disks_changes_nothing(daemon, remote, disks, te
 
 
 @pytest.mark.parametrize("option, value, text", [
-    ("cluster_size", 5000, "cluster_size: 5000 is not a power of two"), ("on_full", "wait", "on-full: 'wait' is not built"),
+    ("cluster_size", 5000, "cluster_size: 5000 is not a power of two"), ("durability", "power", "durability: 'power' is not built"),
     ("ram", "1Q", "ram: '1Q' is no size"), ("copy_on_read", True, "copy-on-read: not built"), ("colour", 1, "'colour' is unexpected")])
 def test_a_wrong_option_is_named_and_changes_nothing(daemon, remote, option, value, text):
     with pytest.raises(Error, match=text):
@@ -64,6 +64,20 @@ def test_a_snapshot_with_a_client_is_not_deleted_and_the_client_reads_on(daemon,
     assert exports(remote) == ["a", "b"]
     with pytest.raises(OSError, match="not known"):
         Client(tmp_path / "nbd", "a@s")
+
+
+def test_limits_of_a_remote_snapshot_change(daemon, remote):
+    snapshot = remote.disks["a"].snapshot("s", ram="8K", on_full="wait", on_cbw_error="break-guest-write")
+    snapshot.set_limits(ram="64K")
+    snapshot.set_policy(on_full="break-guest-write")
+    facts = snapshot.status()["status"]
+    assert (facts["ram_limit"], facts["on_full"], facts["on_cbw_error"]) == (65536, "break-guest-write", "break-guest-write")
+    for call, text in [(lambda: snapshot.set_limits(), "nothing to change"), (lambda: snapshot.set_limits(ram=5), "less than one cluster"),
+                       (lambda: snapshot.set_policy(on_full="burn"), "'burn' is unknown"),
+                       (lambda: remote.client.execute("fastcbw-snapshot-set", name="t", disks=["a"], ram=1), "t: not found")]:
+        with pytest.raises(Error, match=text):
+            call()
+    assert snapshot.status()["status"]["ram_limit"] == 65536
 
 
 def test_deleting_what_is_not_there_names_what_is(daemon, remote):
