@@ -33,7 +33,7 @@ from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticke
 from fastcbw.cbw.store cimport Store, store_drop, store_free
 from fastcbw.kernels.atomic cimport cas_seq, load_seq, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic
-from fastcbw.sync cimport now_ns
+from fastcbw.sync cimport now_ns, sleep_ns
 
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
@@ -60,6 +60,15 @@ cdef void fill(EngineState state, Creation *creation) noexcept nogil:
         epoch.dirty[i] = creation.dirty[i]
 
 
+cdef int64_t pause_ns = 0       # between two flips of a group, for tests
+
+
+def pause_between_flips(int64_t ns):
+    """For tests: let every group from now on take that long between the flips of two disks, while guests are held."""
+    global pause_ns
+    pause_ns = ns
+
+
 cdef void creations_flip(Creation *creations, int count) noexcept nogil:
     cdef int i
     for i in range(count):
@@ -68,6 +77,8 @@ cdef void creations_flip(Creation *creations, int count) noexcept nogil:
         for i in range(count):
             store_seq(&(<EngineState>creations[i].state).hold, 1)
     for i in range(count):
+        if i and pause_ns:
+            sleep_ns(pause_ns)
         creations[i].index = flip(<EngineState>creations[i].state)
     if count > 1:
         for i in range(count):

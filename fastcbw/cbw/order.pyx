@@ -388,6 +388,17 @@ cdef class Order:
 
     # -- control plane: an iterator for other tools
 
+    def next_piece(self):
+        """Return (offset, length) of the next piece as a copier gets it, None when all is handed out; OSError as block status."""
+        cdef Piece piece
+        cdef int code
+        self.source.check_open()
+        with nogil:
+            code = self.next(&piece)
+        if code < 0:
+            self.source.fail(code, "block status", piece.offset, self.source.length - piece.offset)
+        return (piece.offset, piece.length) if code else None
+
     def __iter__(self):
         return self
 
