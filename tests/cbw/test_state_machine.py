@@ -13,7 +13,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from engine_disks import KINDS, QUEUE_KINDS, guest_of, make_disk, wait_until
+from engine_disks import KINDS, guest_of, make_disk, wait_until
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
@@ -333,7 +333,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *QUEUE_KINDS])
+@pytest.mark.parametrize("kind", [*KINDS, "queue threads file", "queue uring direct"])
 def test_engine_agrees_with_the_plain_model(kind):
     machine = type(f"Machine on {kind}", (EngineMachine,), {"kind": kind})
     run_state_machine_as_test(machine, settings=CONFIG)

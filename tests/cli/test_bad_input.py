@@ -148,6 +148,7 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("serve", "--socket", "s"), "no image"),
     (("serve", "vm.img", "--socket", "s", "--ram", "1M"), "--ram: an option of --snapshot"),
     (("serve", "vm.img", "--socket", "s", "--format", "qcow2"), "--format: 'qcow2' is not built yet"),
+    (("serve", "vm.img", "--socket", "s", "--io", "aio"), "--io: 'aio' is no engine (there are sync, threads, uring)"),
     (("serve", "nbds://localhost", "--socket", "s"), "nbds://localhost: TLS is not built yet"),
     (("serve", "vm=nbd+unix:///vm", "--socket", "s"), "nbd+unix:///vm: names no socket"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--on-full", "burn"), "--on-full: 'burn' is unknown"),

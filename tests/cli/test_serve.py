@@ -103,3 +103,14 @@ def test_direct_serves_past_the_page_cache(serve, image, tmp_path):
              if os.path.realpath(f"/proc/{served.process.pid}/fd/{fd}") == str(image)
              for line in open(f"/proc/{served.process.pid}/fdinfo/{fd}") if line.startswith("flags:")]
     assert any(flag & os.O_DIRECT for flag in flags)
+
+
+@pytest.mark.parametrize("engine", ["sync", "threads", "uring"])
+@pytest.mark.parametrize("direct", [[], ["--direct"]])
+def test_it_serves_with_every_engine(serve, image, tmp_path, engine, direct):
+    before = image.read_bytes()
+    serve(image, "--socket", "nbd", "--io", engine, "--snapshot", "s", *direct)
+    with Client(tmp_path / "nbd", "vm") as guest, Client(tmp_path / "nbd", "vm@s") as snapshot:
+        guest.write(4096, b"x" * 300_000, fua=True)
+        assert guest.read(4095, 300_002) == before[4095:4096] + b"x" * 300_000 + before[304_096:304_097]
+        assert snapshot.read(0, len(before)) == before

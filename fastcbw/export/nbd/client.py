@@ -156,7 +156,7 @@ class Client:
         return self._cookie
 
     def receive_reply(self) -> Reply:
-        """Receive the next whole reply (the server answers in the order of the requests)."""
+        """Receive the next whole reply: of the oldest request where none waits for a disk, else of any."""
         reply = None
         while True:
             (magic,) = struct.unpack(">I", self.receive(4))

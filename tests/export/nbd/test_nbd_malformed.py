@@ -10,6 +10,7 @@ import threading
 import pytest
 from nbd_waiting import wait_for
 
+from fastcbw.block.direct import DirectDevice
 from fastcbw.export.nbd.client import Client, meta_query
 from fastcbw.wire import constants as c
 
@@ -131,6 +132,15 @@ def test_any_stream_of_requests_ends_in_an_orderly_way(path, server, export, see
     assert not sender.is_alive()
     ours.close()
     others_are_served(path, server)
+
+
+@pytest.mark.parametrize("engine", ["threads", "uring"])
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_any_stream_of_requests_that_wait_for_a_disk_ends_in_an_orderly_way(path, server, folder, disk, seed, engine):
+    with DirectDevice(folder / "image", create_length=disk.length, io=engine) as image:
+        server.add_export("disk", image)
+        test_any_stream_of_requests_ends_in_an_orderly_way(path, server, None, seed)
+        server.remove_export("disk")
 
 
 def send_in_pieces(sock, stream, source):
