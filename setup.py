@@ -42,6 +42,8 @@ EXTENSIONS = [
     "fastcbw.cbw.worker",
     "fastcbw.cbw.lazy",
     "fastcbw.cbw.policy",
+    "fastcbw.cbw.stops",
+    "fastcbw.cbw.keep",
     "fastcbw.cbw.intercept",
     "fastcbw.cbw.guest",
     "fastcbw.cbw.flusher",

@@ -123,7 +123,7 @@ class Disk:
 
         name: letters, digits, `_`, `.`, `-`. Keywords (INTERFACE's options): cluster_size=4096 (power of two, 4K to 1M),
         ram="256M", spill=None (folder), spill_limit=None, on_full="break-snapshot", on_cbw_error="break-snapshot",
-        cbw_timeout=5000 (milliseconds), export="ro", durability="none"; bitmap=None (a dirty bitmap: only what it marks is
+        cbw_timeout=5000 (milliseconds), copy_on_read=False, export="ro", durability="none"; bitmap=None (a dirty bitmap: only what it marks is
         preserved and readable), new_bitmap=None (the name of a bitmap that starts, empty, at the same instant),
         new_bitmap_granularity=None (default: that of `bitmap`, or 64K).
         Raises ValueError, TypeError, Error, LimitReached, OSError, MemoryError; then nothing has changed.

@@ -138,7 +138,7 @@ def test_closing_a_group_tries_every_snapshot(disk):
     ({"durability": "power"}, ValueError, "durability: 'power'"),
     ({"bitmap": "b"}, fastcbw.Error, "bitmap 'b': not found"),
     ({"new_bitmap": "b/"}, ValueError, "new_bitmap: 'b/' is no name"),
-    ({"copy_on_read": True}, ValueError, "copy_on_read"),
+    ({"copy_on_read": 1}, TypeError, "copy_on_read"), ({"copy_on_read": True, "ram": 0, "spill": "."}, ValueError, "copy_on_read"),
     ({"colour": "red"}, TypeError, "colour"),
 ])
 def test_bad_snapshot_options_name_themselves_and_change_nothing(disk, options, error, words):

@@ -57,6 +57,7 @@ cdef class BlockDevice:
     cdef readonly str name              # for messages: a node name or a file name
     cdef readonly bint read_only
     cdef readonly bint queueable        # a queue may have requests done by other threads or the kernel; else it does them at once
+    cdef readonly bint can_cache        # cache_at does something
     cdef int io_engine                  # ENGINE_*: what a queue for this device is to be made with; `io` in Python
     cdef bint always_waits              # asking it not to wait is of no use: every read and write waits for a device
     cdef bint closed                    # set by close(): the Python doors refuse, cdef methods are no longer called
@@ -76,6 +77,8 @@ cdef class BlockDevice:
     cdef int sync(self) noexcept nogil                  # all that was acknowledged before is on stable storage
     # The first extent of the range: its length (1..length) with *flags, or -errno. Holes are the truth at some moment of the call.
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil
+    # Advisory: the range will be read, bring it nearer. May read nothing, changes nothing.
+    cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil
     # Whether a read, write or sync may be asked of the kernel in place of preadv, pwritev, sync: True with *io, then queue_end must
     # follow when the kernel has ended it. Never waits. False: call the method (in a thread that may wait).
     cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,

@@ -118,6 +118,10 @@ cdef class BlockDevice:
         flags[0] = 0
         return length
 
+    cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
+        """Default: nothing."""
+        return 0
+
     cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
                           uint32_t flags, KernelIo *io) noexcept nogil:
         return False
@@ -239,6 +243,20 @@ cdef class BlockDevice:
             code = self.sync()
         if code:
             self.fail(code, "flush", 0, self.length)
+
+    def cache(self, int64_t offset=0, length=None):
+        """Tell the device that LENGTH bytes at OFFSET (default: to the end) will be read: it may bring them nearer.
+
+        A snapshot takes them into its RAM tier as far as room is free, a file has the page cache read them.
+        """
+        cdef int64_t left = self.length - offset if length is None else length
+        cdef int code = 0
+        self.check_range(offset, left)
+        if left:
+            with nogil:
+                code = self.cache_at(offset, left)
+        if code:
+            self.fail(code, "cache", offset, left)
 
     def extents(self, int64_t offset=0, length=None):
         """Return the extents of a range (default: to the end) as a structured array of EXTENT_DTYPE.

@@ -24,6 +24,7 @@ from fastcbw.cbw.dirty cimport DirtyBitmaps
 from fastcbw.cbw.guest cimport GuestDevice
 from fastcbw.cbw.flusher cimport Flusher
 from fastcbw.cbw.intercept cimport FilterDevice
+from fastcbw.cbw.keep cimport keep_counts, keep_drop_range, keep_trim
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lazy cimport lazy_carry_out
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
@@ -34,12 +35,13 @@ from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.room cimport room_changed
 from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line,
                                 SNAPSHOTS_MAX, STALL_CLAIM, STALL_DEVICE, STALL_ROOM, Snap, Ticket, WAIT_FOR_ROOM, WHY_COMMAND,
-                                bitmap_bytes, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
+                                bitmap_bytes, cluster_end, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
                                 snap_unref, wake_keeper)
+from fastcbw.cbw.stops cimport Stops
 from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_set_limit, segment_bytes, slots_set_limit, store_free, store_new,
                                 store_room)
 from fastcbw.cbw.worker cimport CopyPool
-from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
+from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
 from fastcbw.sync cimport now_ns, sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
@@ -187,6 +189,7 @@ cdef class Engine:
         snap.cbw_timeout_ns = options.cbw_timeout * <int64_t>1000000
         snap.on_full = _POLICIES[options.on_full]
         snap.on_cbw_error = _POLICIES[options.on_cbw_error]
+        snap.copy_on_read = options.copy_on_read
         self.next_id += 1
         self.state.stores[index] = store
         if device is not None:
@@ -250,7 +253,9 @@ cdef class Engine:
                 sleep_ns(BUSY_POLL_NS)      # claimed just now: by a guest write that cancels it, or the keeper at the same work
 
     cdef int sweep(self) except -1:
-        cdef uint64_t freed = sweep_stores(self.state)
+        cdef uint64_t freed
+        with nogil:
+            freed = sweep_stores(self.state)        # it may wait for guest writes to end
         for index in [i for i in self.logs if freed >> i & 1]:
             device, ours = self.logs.pop(index)
             if ours:
@@ -350,6 +355,33 @@ cdef class Engine:
                 raise KeyError(f"{snapshot.name}: is broken")
             return resident_pages(snapshot.snap.store.pages, snapshot.snap.store.slots_fresh * snapshot.snap.store.cluster_bytes)
 
+    def drop(self, name, int64_t offset=0, length=None):
+        """Drop what reads left in RAM and the guest has not changed, in a range of bytes of snapshot NAME (default: all).
+
+        Clusters that are only in part in the range are dropped too. Returns the bytes of RAM that this freed. KeyError for an unknown name,
+        ValueError for a range outside the disk. What is dropped is read from the disk again when somebody wants it.
+        """
+        cdef SnapshotDevice snapshot
+        cdef int64_t left = self.state.length - offset if length is None else length
+        cdef int64_t dropped = 0
+        with self.control:
+            self.check_open()
+            if name not in self.snapshots:
+                raise KeyError(f"{self.device.name}: no snapshot {name!r}")
+            snapshot = self.snapshots[name]
+            snapshot.check_range(offset, left)
+            if left and not snapshot.retired:
+                with nogil:
+                    dropped = keep_drop_range(self.state, snapshot.snap, offset >> snapshot.cluster_bits,
+                                              cluster_end(snapshot.snap.geometry, offset, left))
+                self.sweep()        # what was handed over may have been the last of its store
+            return dropped << snapshot.cluster_bits
+
+    def set_stops(self, Stops stops):
+        """For tests: hold threads at places of STOPS; None: no more. Nobody may be in the engine meanwhile."""
+        self.state.stops_owner = stops
+        self.state.stops = <void *><PyObject *>stops if stops is not None else NULL
+
     # -- threads
 
     cdef int start_flusher(self) except -1:
@@ -407,6 +439,19 @@ cdef class Engine:
                 self.told.add((snapshot.name, why))
                 _log.warning("%s: a guest write failed for its sake: %s", snapshot.name, why_text(why).decode())
 
+    def _drop_unneeded(self):
+        """The keeper's: drop unchanged clusters where guest writes have left few slots free."""
+        cdef SnapshotDevice snapshot
+        if not load_seq(&self.state.trim_wanted):
+            return
+        store_seq(&self.state.trim_wanted, 0)
+        with self.control:
+            if not self.closed:
+                for snapshot in self.snapshots.values():
+                    if not snapshot.retired:
+                        with nogil:
+                            keep_trim(self.state, snapshot.snap)
+
     @property
     def is_closed(self):
         """Whether close() has begun."""
@@ -420,7 +465,8 @@ cdef class Engine:
     # -- reports
 
     def counters(self):
-        """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max.
+        """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max; of guest reads ram_reads and
+        ram_read_bytes, what came from RAM.
 
         Of guest discards, in bytes: lazy_bytes are recorded now; lazy_recorded, lazy_cancelled (by a write), lazy_carried_out and
         lazy_failed (by the disk; not tried again) since the disk was opened.
@@ -437,6 +483,7 @@ cdef class Engine:
             waits += load_relaxed(&line.waits)
             slowest = max(slowest, load_relaxed(&line.wait_ns_max))
         facts = {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000,
+                 "ram_reads": load_relaxed(&self.state.ram_reads), "ram_read_bytes": load_relaxed(&self.state.ram_read_bytes),
                  "lazy_bytes": 0, "lazy_recorded": load_relaxed(&self.state.lazy_recorded),
                  "lazy_cancelled": load_relaxed(&self.state.lazy_cancelled),
                  "lazy_carried_out": load_relaxed(&self.state.lazy_carried_out), "lazy_failed": load_relaxed(&self.state.lazy_failed)}
@@ -456,6 +503,7 @@ cdef class Engine:
         cdef SnapshotDevice snapshot
         cdef Store *store
         cdef int64_t size
+        cdef uint64_t kept, spared
         with self.control:
             self.check_open()
             snapshot = self.snapshots[name]
@@ -469,6 +517,11 @@ cdef class Engine:
                 "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
                 "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
                 "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0,
+                "copy_on_read": bool(snapshot.snap.copy_on_read),
+                "kept_clusters": 0, "kept_bytes": 0,
+                "read_kept_clusters": load_relaxed(&snapshot.snap.read_kept),
+                "dropped_clusters": load_relaxed(&snapshot.snap.dropped),
+                "copies_avoided": load_relaxed(&snapshot.snap.spared),
                 "cbw_timeout_ms": snapshot.snap.cbw_timeout_ns // 1000000,
                 "on_full": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_full)],
                 "on_cbw_error": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_cbw_error)],
@@ -480,6 +533,10 @@ cdef class Engine:
                            for kind, i in (("claim", STALL_CLAIM), ("device", STALL_DEVICE), ("room", STALL_ROOM))},
             }
             if not snapshot.retired:        # afterwards the store is gone, or an older snapshot's
+                keep_counts(self.state, snapshot.snap, &kept, &spared)
+                facts["kept_clusters"] = kept
+                facts["kept_bytes"] = kept * size
+                facts["copies_avoided"] = spared
                 store = snapshot.snap.store
                 facts["ram_bytes"] = store.slots_used * size
                 facts["ram_bytes_max"] = store.slots_used_max * size
@@ -574,6 +631,7 @@ def _keep(engine_ref, wake):
             try:
                 engine._tell_refusals()
                 left = engine._keep()
+                engine._drop_unneeded()
             except Exception:
                 _log.exception("the keeper failed to end a broken snapshot, or to carry out discards")
                 left = False
@@ -647,5 +705,6 @@ cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
     device.cluster_bits = snap.geometry.cluster_bits
     device.length = engine.state.length
     device.queueable, device.io_engine = engine.device.queueable, engine.device.io_engine
+    device.can_cache = snap.store.slots_limit > 0
     device.name = f"{engine.device.name}@{name}"
     return device

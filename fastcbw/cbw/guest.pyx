@@ -28,6 +28,7 @@ from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, FUA, IO_READ, IO_SY
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.intercept cimport (COPY_NOTHING, COPY_READY, FilterDevice, count_touch, count_write, make_leaves, next_to_preserve, prepare,
                                     publish, settle_and_release, take_slots)
+from fastcbw.cbw.keep cimport keep_has
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, EngineState, Epoch, Line, Ticket, WHY_TIMEOUT, claim_release, cluster_end, enter, enter_guest, leave,
                                 overlapped, snap_break)
@@ -46,7 +47,7 @@ cdef bint is_ready_now(EngineState state, Ticket *ticket, Copy *copy) noexcept n
         return False
     if load_seq(&state.room.waiting) != 0 or not make_leaves(copy):
         return False            # who waits for room comes first: the method queues behind it
-    take_slots(copy)
+    take_slots(state, ticket.epoch, copy)
     return copy.items[copy.items_count - 1].slot >= 0       # slots come first: every item has one
 
 
@@ -154,6 +155,8 @@ cdef class GuestDevice(FilterDevice):
         cdef Touch *touch
         cdef int64_t began_ns
         if operation != IO_WRITE:
+            if operation == IO_READ and load_relaxed(&self.state.kept) and keep_has(self.state, offset, length):
+                return False        # the method takes it from RAM
             return (operation == IO_READ or operation == IO_SYNC) \
                 and self.child.queue_begin(operation, vector, count, offset, length, flags, io)
         if flags & FUA:

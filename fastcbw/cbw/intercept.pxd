@@ -28,7 +28,7 @@ cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *
 cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, int64_t *round_end) noexcept nogil
 cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int64_t end) noexcept nogil
 cdef bint make_leaves(Copy *copy) noexcept nogil                # False: no memory
-cdef void take_slots(Copy *copy) noexcept nogil                 # the first items get those that there are
+cdef void take_slots(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil        # the first items get those that there are
 cdef void publish(Copy *copy) noexcept nogil                    # the data is there, and tested for zeroes
 # Returns the first cluster that found no room, when `left` says that there is one.
 cdef int64_t settle_and_release(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil

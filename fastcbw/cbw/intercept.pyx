@@ -31,6 +31,7 @@ from libc.string cimport memset, strerror
 from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.heat cimport heat_note
+from fastcbw.cbw.keep cimport keep_ask, keep_make_room, keep_pread, keep_preadv, keep_preadv_nowait
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
@@ -40,6 +41,7 @@ from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Line, STALL_CLAIM,
                                 WHY_FULL, WHY_MEMORY, WHY_TIMEOUT, claim_release, claim_wait, cluster_end, count_stall,
                                 enter_guest, geometry_ref, geometry_unref, is_current, leave, lookup, newest_needing,
                                 overlapped, snap_ref, snap_unref, summary_set)
+from fastcbw.cbw.stops cimport STOP_WRITE_ENTERED, pass_stop
 from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_enlist, slots_take, store_room
 from fastcbw.cbw.worker cimport (Copy, CopyItem, ROUND_BYTES, ROUND_CLUSTERS, ROUND_WORDS, copy_give_back, copy_in_pool,
                                  copy_read)
@@ -54,12 +56,13 @@ cdef extern from * nogil:
     int ctzll "__builtin_ctzll"(unsigned long long) noexcept
 
 cdef int64_t OLD_WRITES_POLL_NS = 20000
+cdef int64_t DROPS_POLL_NS = 1000       # a drop takes a fraction of it
 cdef int64_t CARRY_OUT_WAIT_NS = 1000000000      # then it looks again
 cdef int64_t ROUND_WITHOUT_ROOM = 8     # clusters read in a round beyond what there is room for: they may be zeroes
 
 
 cdef class FilterDevice(BlockDevice):
-    """The disk the guest sees: reads pass through, what changes data goes through the intercept first."""
+    """The disk the guest sees: reads pass through (or come from RAM, see cbw/keep), what changes data goes through the intercept first."""
 
     def __cinit__(self, EngineState state not None):
         self.state = state
@@ -67,14 +70,21 @@ cdef class FilterDevice(BlockDevice):
         self.length = state.length
         self.name = state.child.name
         self.read_only = state.child.read_only
+        self.can_cache = state.child.can_cache
 
     cdef int pread(self, void *buffer, int64_t offset, int64_t length) noexcept nogil:
+        if load_relaxed(&self.state.kept):
+            return keep_pread(self.state, <char *>buffer, offset, length)
         return self.child.pread(buffer, offset, length)
 
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        if load_relaxed(&self.state.kept):
+            return keep_preadv(self.state, vector, count, offset, length)
         return self.child.preadv(vector, count, offset, length)
 
     cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
+        if load_relaxed(&self.state.kept) and keep_preadv_nowait(self.state, vector, count, offset, length) == 0:
+            return 0
         return self.child.preadv_nowait(vector, count, offset, length)
 
     cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
@@ -130,6 +140,9 @@ cdef class FilterDevice(BlockDevice):
 
     cdef int sync(self) noexcept nogil:
         return self.child.sync()
+
+    cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
+        return self.child.cache_at(offset, length)
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
         cdef int shown = refusal_errno(code)
@@ -223,6 +236,17 @@ cdef inline bint is_claimed(const Geometry *geometry, int64_t cluster) noexcept 
     return (load_seq(geometry.claims + cluster // 64) >> (cluster % 64)) & 1
 
 
+cdef uint64_t lookup_for_good(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
+    """lookup() of a cluster that somebody else claims: never a word that a drop (keep.pyx) is about to take away.
+
+    A drop that began before our marks has not seen them; one that begins after this load of `drops` sees them, and leaves
+    the word. We are counted meanwhile, but a drop waits for nothing and nobody, so that this is no wait for anything else.
+    """
+    while load_seq(&epoch.geometry.drops):
+        sleep_ns(DROPS_POLL_NS)
+    return lookup(epoch, snap, cluster)
+
+
 cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, int64_t *round_end) noexcept nogil:
     """The first cluster of first..end that a copy may have to be made of, with the end of the round for it; END: none."""
     cdef int64_t limit = ROUND_BYTES >> epoch.geometry.cluster_bits
@@ -238,7 +262,7 @@ cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, in
             return end
         needing = newest_needing(epoch, first)
         if is_claimed(epoch.geometry, first) and not lazy_recorded(epoch.geometry, first) and (
-                needing == NULL or lookup(epoch, needing, first) != WORD_NONE):
+                needing == NULL or lookup_for_good(epoch, needing, first) != WORD_NONE):
             # Outside every `copy`, or all broken, and neither ever goes back; or in a store already. When the claim is to be
             # had, it is settled, so that the next write there costs nothing; when not, nothing is worth waiting for.
             # Except where a discard is recorded: it may be being carried out just now, and the write must come after it (lazy.pyx).
@@ -292,7 +316,7 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
     if not make_leaves(&copy):
         return give_up(state, snap, &copy, ticket, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
     copy.partial = load_relaxed(&snap.on_full) == WAIT_FOR_ROOM
-    take_slots(&copy)
+    take_slots(state, epoch, &copy)
     code = copy_old(state, &copy, started_ns, ticket.line)
     if code == -ETIMEDOUT:
         # The pool has the claims and the room now, and gives them back when the device answers.
@@ -315,6 +339,7 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
 cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int64_t end) noexcept nogil:
     """Claim what is free of first..end, and find out what of it is to be copied. Never waits."""
     cdef uint64_t settle[ROUND_WORDS]
+    pass_stop(state.stops, STOP_WRITE_ENTERED)
     if bits_claim_atomic(epoch.geometry.claims, copy.got, first, end - first) == 0:
         return COPY_BUSY
     copy.disk = state.disk
@@ -449,11 +474,15 @@ cdef bint make_leaves(Copy *copy) noexcept nogil:
     return True
 
 
-cdef void take_slots(Copy *copy) noexcept nogil:
-    """Give the first items the slots that there are. Whether the others need room is known when they have been read."""
+cdef void take_slots(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil:
+    """Give the first items the slots that there are, or that unchanged clusters can be dropped from. Whether the others need room is known when they have been read."""
     cdef uint32_t slots[ROUND_CLUSTERS]
     cdef Store *store = copy.snap.store
     cdef int i, taken = <int>slots_take(store, slots, copy.items_count)
+    if load_relaxed(&copy.snap.kept_count):
+        if taken < copy.items_count and keep_make_room(state, epoch, copy.snap, copy.items_count - taken):
+            taken += <int>slots_take(store, slots + taken, copy.items_count - taken)
+        keep_ask(state, copy.snap)
     for i in range(taken):
         copy.items[i].slot = slots[i]
         copy.items[i].data = slot_data(store, slots[i])

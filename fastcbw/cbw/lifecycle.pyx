@@ -28,12 +28,12 @@ from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, 
                                  word_tag)
 from fastcbw.cbw.room cimport room_changed
 from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
-                                claim_release, drain, enter, flip, in_copy, leave, next_epoch, snap_break, snap_ref, snap_unref,
+                                claim_release, drain, enter, flip, in_copy, kept_set, leave, next_epoch, snap_break, snap_ref, snap_unref,
                                 summary_set, wake_keeper)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
-from fastcbw.kernels.atomic cimport cas_seq, load_seq, store_release, store_seq
+from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic
-from fastcbw.sync cimport now_ns, sleep_ns
+from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
 
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
@@ -222,6 +222,8 @@ cdef void hand_over_one(EngineState state, Snap *snap, int64_t cluster) noexcept
                 continue        # it needs nothing any more; the one before it may
             store_release(place, word)                                          # R4: destination first
             summary_set(heir, cluster, word)
+            if (load_relaxed(snap.kept.words + cluster // 64) >> (cluster % 64)) & 1:
+                kept_set(heir, cluster)
             store_release(map_place(&snap.map, cluster), WORD_NONE)
             break
         store_release(map_place(&snap.map, cluster), WORD_NONE)
@@ -261,13 +263,28 @@ cdef int find_store_index(EngineState state) noexcept nogil:
 
 
 cdef uint64_t sweep_stores(EngineState state) noexcept nogil:
-    """Free the retired stores that nothing names. After the last drain of a retire: no look-up can hold a word of theirs."""
+    """Free the retired stores that nothing names.
+
+    Nothing comes into a retired store, so that an empty one stays empty. But its last word may have gone just now (a drop
+    takes no flip), while a look-up that is counted holds it: then those have to leave first. One of them may have pinned the store.
+    """
     cdef uint64_t freed = 0
+    cdef uint64_t empty = 0
     cdef Store *store
     cdef int i
     for i in range(64):
         store = state.stores[i]
-        if store != NULL and store.retired and store.slots_used == 0 and store.log_used == 0 and load_seq(&store.pins) == 0:
+        if store != NULL and store.retired:
+            pthread_mutex_lock(&store.lock)         # after it: what was done before the last word was freed
+            if store.slots_used == 0 and store.log_used == 0:
+                empty |= (<uint64_t>1) << i
+            pthread_mutex_unlock(&store.lock)
+    if empty and load_relaxed(&state.word_gone) == load_seq(&state.number):
+        next_epoch(state)
+        drain(state, flip(state))
+    for i in range(64):
+        store = state.stores[i]
+        if (empty >> i) & 1 and load_seq(&store.pins) == 0:
             state.stores[i] = NULL
             store_free(store)
             freed |= (<uint64_t>1) << i

@@ -24,7 +24,6 @@ _CHOICES = {
     "export": (("ro",), ("discard", "read-once")),
     "durability": (("none",), ("process", "power")),
 }
-_LATER = ("copy_on_read",)
 
 
 def check_name(name: str, what: str = "snapshot name") -> str:
@@ -62,6 +61,7 @@ class SnapshotOptions:
     new_bitmap_granularity: int | None = None
     on_full: str = "break-snapshot"
     on_cbw_error: str = "break-snapshot"
+    copy_on_read: bool = False
 
     @classmethod
     def parse(
@@ -74,6 +74,7 @@ class SnapshotOptions:
         on_full: str = "break-snapshot",
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT,
+        copy_on_read: bool = False,
         export: str = "ro",
         durability: str = "none",
         bitmap: str | None = None,
@@ -85,11 +86,8 @@ class SnapshotOptions:
         """Check the keywords of INTERFACE; ValueError or TypeError names the option, its value and what is expected."""
         for option, value in (("on_full", on_full), ("on_cbw_error", on_cbw_error), ("export", export), ("durability", durability)):
             _check_choice(option, value)
-        for option, value in others.items():
-            if option not in _LATER:
-                raise TypeError(f"snapshot: unknown option {option!r}")
-            if value not in (None, False):
-                raise ValueError(f"{option}: {value!r}: this option is not built yet")
+        for option in others:
+            raise TypeError(f"snapshot: unknown option {option!r}")
         size = None if cluster_size is None else _check_cluster_size(cluster_size)
         room = _parse_ram(ram, size or CLUSTER_SIZE_DEFAULT)
         folder, limit = _parse_spill(spill, spill_limit, size or CLUSTER_SIZE_DEFAULT)
@@ -99,7 +97,11 @@ class SnapshotOptions:
             raise TypeError(f"cbw_timeout: expected milliseconds as an int, got {type(cbw_timeout).__name__}")
         if not 1 <= cbw_timeout <= 86_400_000:
             raise ValueError(f"cbw_timeout: {cbw_timeout} is not within 1 to 86400000 milliseconds")
-        return cls(size, room, folder, limit, cbw_timeout, on_full=on_full, on_cbw_error=on_cbw_error,
+        if not isinstance(copy_on_read, bool):
+            raise TypeError(f"copy_on_read: expected a bool, got {type(copy_on_read).__name__}")
+        if copy_on_read and room == 0:
+            raise ValueError(f"copy_on_read: True without a RAM tier: it never leaves anything elsewhere (give ram, not {ram!r})")
+        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, on_full=on_full, on_cbw_error=on_cbw_error,
                    **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 

@@ -22,6 +22,7 @@ cdef class SnapshotDevice(BlockDevice):
     # NOWAIT: -EAGAIN, with anything in BUFFER, instead of waiting for a device
     cdef int read_pieces(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil
     cdef int read_range(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil
+    cdef void read_through(self, int64_t offset, int64_t end, bint nowait) noexcept nogil
     cdef int read_batch(self, char *buffer, int64_t offset, int64_t end, bint nowait) noexcept nogil
     cdef int take_counted(self, const Epoch *epoch, char *buffer, int64_t offset, int64_t end, int count, uint64_t *words) noexcept nogil
     cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil

@@ -17,10 +17,12 @@ from libc.string cimport memcpy, memset, strerror
 
 from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.keep cimport NO_ROOM, keep_fetch, keep_step
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf_before, word_position,
                                  word_slot, word_store, word_tag)
 from fastcbw.cbw.policy cimport why_text
 from fastcbw.cbw.state cimport (ALIVE, Epoch, Snap, Ticket, WHY_NOT, WHY_TIMEOUT, copy_run, enter, leave, lookup, snap_unref)
+from fastcbw.cbw.stops cimport STOP_READER_COPIED, STOP_READER_FOUND, pass_stop
 from fastcbw.cbw.store cimport Store, log_read, slot_data
 from fastcbw.kernels.atomic cimport add_seq, fence_acquire, fence_seq, load_acquire, load_relaxed, load_seq, sub_seq
 
@@ -116,6 +118,8 @@ cdef class SnapshotDevice(BlockDevice):
         code = self.verdict(offset, end - offset)
         if code:
             return code
+        if self.snap.copy_on_read:
+            self.read_through(offset, end, nowait)
         # First look: everything in one go; what is in RAM or zero is done at once.
         ticket = enter(self.state)
         look_up_run(ticket.epoch, self.snap, first, count, words)
@@ -162,6 +166,24 @@ cdef class SnapshotDevice(BlockDevice):
             leave(ticket)
         return 0
 
+    cdef void read_through(self, int64_t offset, int64_t end, bint nowait) noexcept nogil:
+        """Copy-on-read: take what no store holds into RAM first, while there is room; errors are met again by who reads."""
+        cdef int64_t cluster = offset >> self.cluster_bits
+        cdef int64_t stop = ((end - 1) >> self.cluster_bits) + 1
+        cdef int64_t step = keep_step(self.snap)
+        while cluster < stop and keep_fetch(self.state, self.snap, cluster, min(step, stop - cluster), nowait) == 0:
+            cluster += step
+
+    cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
+        cdef int64_t cluster = offset >> self.cluster_bits
+        cdef int64_t stop = ((offset + length - 1) >> self.cluster_bits) + 1
+        cdef int64_t step = keep_step(self.snap)
+        cdef int code = self.verdict(offset, length)
+        while code == 0 and cluster < stop:
+            code = keep_fetch(self.state, self.snap, cluster, min(step, stop - cluster), False)
+            cluster += step
+        return 0 if code == NO_ROOM else code
+
     cdef int take_counted(self, const Epoch *epoch, char *buffer, int64_t offset, int64_t end, int count, uint64_t *words) noexcept nogil:
         """Take what is in RAM or zero of the COUNT clusters of a batch, while counted; their words are DONE then.
 
@@ -186,10 +208,12 @@ cdef class SnapshotDevice(BlockDevice):
                 if words[i] == WORD_ZERO:
                     memset(buffer + (begin - offset), 0, <size_t>(stop - begin))
                 else:
+                    pass_stop(self.state.stops, STOP_READER_FOUND)
                     store = self.state.stores[word_store(words[i])]
                     memcpy(buffer + (begin - offset), slot_data(store, word_slot(words[i])) + skip, <size_t>(stop - begin))
                     copied += run
             i += run
+        pass_stop(self.state.stops, STOP_READER_COPIED)
         fence_acquire()
         if copied:
             look_up_run(epoch, self.snap, first, count, now)

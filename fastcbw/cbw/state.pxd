@@ -59,6 +59,7 @@ cdef struct Geometry:
     uint64_t *claims            # bit per cluster (atomic); the only right to change a word, `settled`, `copy`, `lazy` of c
     sparse_bits lazy            # recorded guest discards, see lazy.pyx (claim): R6, a recorded cluster is not settled; with summary
     uint64_t lazy_count         # how many are recorded (atomic)
+    uint64_t drops              # drops (keep.pyx) under way (atomic, seq_cst): what a guest write that meets a claim has to know
     uint64_t waiters            # threads that wait for a claim (atomic): nobody, nothing to wake
     uint64_t recent_count       # first touches so far (atomic), and the last of them, cluster << 16 | count: hints, see heat.pxd
     uint64_t recent[RECENT]
@@ -93,6 +94,15 @@ cdef struct Snap:
     uint64_t stall_ns[STALLS]
     uint64_t preserved          # clusters that were preserved for it, zero ones included (atomic counter)
     uint64_t preserved_zero
+    # copy-on-read, see cbw/keep
+    bint copy_on_read           # reads of the snapshot leave what they read in RAM (constant)
+    sparse_bits kept            # RAM words that reads left and no guest write was seen to change: what may be dropped (atomic)
+    uint64_t kept_count         # ones in it (atomic)
+    uint64_t *kept_total        # the engine's sum of them
+    uint64_t kept_hand          # cluster: where the search for something to drop goes on (atomic)
+    uint64_t read_kept          # counters (atomic): clusters that reads left in RAM,
+    uint64_t dropped            # of these, dropped again,
+    uint64_t spared             # and first touches that found them there and copied nothing
 
 cdef struct Epoch:
     uint64_t number
@@ -136,6 +146,13 @@ cdef class EngineState:
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
     cdef Store *stores[64]      # by the number in location words (control; read while counted)
+    cdef uint64_t kept          # RAM words that reads left, of all snapshots (atomic): 0, guest reads go straight to the disk
+    cdef uint64_t word_gone     # epoch in which a word last went without a flip after it; set before its data is freed (atomic)
+    cdef uint64_t trim_wanted   # 1: the keeper was asked to drop something (atomic)
+    cdef uint64_t ram_reads     # guest reads served from RAM, in whole or in part (atomic counters)
+    cdef uint64_t ram_read_bytes
+    cdef void *stops            # cbw.stops.Stops of a test, else NULL
+    cdef object stops_owner
     cdef Room room              # who waits for room in any of the stores
     cdef int broken_fd          # eventfd, written when the keeper has something to do: a snapshot broke, a guest
                                 # write was refused, discards are to be carried out
@@ -183,6 +200,8 @@ cdef uint64_t lookup(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept n
 cdef void count_stall(Snap *snap, int kind, int64_t since_ns) noexcept nogil
 cdef void snap_break(EngineState state, Snap *snap, uint64_t why, int code, int64_t offset) noexcept nogil
 cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
+cdef void kept_set(Snap *snap, int64_t cluster) noexcept nogil              # under the claim, with a RAM word
+cdef uint64_t kept_clear(Snap *snap, int64_t w, uint64_t bits) noexcept nogil      # which of the bits of word W had been set
 
 cdef inline int64_t cluster_end(const Geometry *geometry, int64_t offset, int64_t length) noexcept nogil:
     # One past the last cluster that the range touches.

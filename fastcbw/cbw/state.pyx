@@ -40,6 +40,9 @@ cdef extern from "threads.h" nogil:
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
 
+cdef extern from * nogil:
+    int popcount "__builtin_popcountll"(unsigned long long) noexcept
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *buffer, size_t length) noexcept
 
@@ -322,10 +325,12 @@ cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_
     snap.store = store
     snap.geometry = geometry
     geometry_ref(geometry)
+    snap.kept_total = &state.kept
     snap.ram = <uint64_t *>map_pages(size)
     snap.disk = <uint64_t *>map_pages(size)
     snap.zero = <uint64_t *>map_pages(size)
-    if not (map_bits(&snap.not_copy, geometry.clusters) and map_bits(&snap.changed, geometry.clusters)) \
+    if not (map_bits(&snap.not_copy, geometry.clusters) and map_bits(&snap.changed, geometry.clusters)
+            and map_bits(&snap.kept, geometry.clusters)) \
             or snap.ram == NULL or snap.disk == NULL or snap.zero == NULL:
         snap_free(snap)
         return NULL
@@ -365,6 +370,7 @@ cdef void snap_free(Snap *snap) noexcept nogil:
     unmap_bits(&snap.not_copy)
     unmap_bits(&snap.within)
     unmap_bits(&snap.changed)
+    unmap_bits(&snap.kept)
     unmap_bitmap(snap.ram, size)
     unmap_bitmap(snap.disk, size)
     unmap_bitmap(snap.zero, size)
@@ -487,6 +493,7 @@ cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
         or_release(snap.ram + w, bit)
     elif load_relaxed(snap.ram + w) & bit:
         and_release(snap.ram + w, ~bit)
+        kept_clear(snap, w, bit)
     if tag == WORD_DISK:
         or_release(snap.disk + w, bit)
     elif load_relaxed(snap.disk + w) & bit:
@@ -495,3 +502,22 @@ cdef void summary_set(Snap *snap, int64_t cluster, uint64_t word) noexcept nogil
         or_release(snap.zero + w, bit)
     elif load_relaxed(snap.zero + w) & bit:
         and_release(snap.zero + w, ~bit)
+
+
+cdef void kept_set(Snap *snap, int64_t cluster) noexcept nogil:
+    """Note that a read left this RAM word; summary_set takes the note back when the word is another or goes."""
+    cdef uint64_t bit = (<uint64_t>1) << (cluster % 64)
+    sparse_mark(&snap.kept, cluster, 1)
+    if not or_seq(snap.kept.words + cluster // 64, bit) & bit:
+        add_seq(&snap.kept_count, 1)
+        add_seq(snap.kept_total, 1)
+
+
+cdef uint64_t kept_clear(Snap *snap, int64_t w, uint64_t bits) noexcept nogil:
+    cdef uint64_t had
+    if not load_relaxed(snap.kept.words + w) & bits:
+        return 0
+    had = and_seq(snap.kept.words + w, ~bits) & bits
+    sub_seq(&snap.kept_count, <uint64_t>popcount(had))
+    sub_seq(snap.kept_total, <uint64_t>popcount(had))
+    return had

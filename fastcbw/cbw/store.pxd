@@ -70,6 +70,9 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
 cdef void store_free(Store *store) noexcept nogil
 # RAM: up to COUNT slots into slots[]; how many there were. Contents are undefined, refs 1, generation bumped.
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil
+# The same, but the last slots stay free for the guest's first touches: for what can do without.
+cdef int64_t slots_take_spare(Store *store, uint32_t *slots, int64_t count) noexcept nogil
+cdef int64_t slots_reserve(const Store *store) noexcept nogil      # how many those are
 cdef void slot_unref(Store *store, int64_t slot) noexcept nogil
 # The slot holds CLUSTER now, and a word names it: it is the youngest.
 cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count) noexcept nogil

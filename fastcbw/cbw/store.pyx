@@ -120,12 +120,24 @@ cdef void store_free(Store *store) noexcept nogil:
 
 # -- RAM tier
 
+cdef int64_t slots_reserve(const Store *store) noexcept nogil:
+    return (store.slots_limit + 7) // 8
+
+
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil:
+    return take(store, slots, count, 0)
+
+
+cdef int64_t slots_take_spare(Store *store, uint32_t *slots, int64_t count) noexcept nogil:
+    return take(store, slots, count, slots_reserve(store))
+
+
+cdef int64_t take(Store *store, uint32_t *slots, int64_t count, int64_t leave_free) noexcept nogil:
     cdef int64_t i, taken = 0, fresh_end, grow = 0, grow_at = 0
     cdef uint32_t slot
     pthread_mutex_lock(&store.lock)
-    if count > store.slots_limit - store.slots_used:
-        count = store.slots_limit - store.slots_used
+    if count > store.slots_limit - store.slots_used - leave_free:
+        count = max(store.slots_limit - store.slots_used - leave_free, 0)
     while taken < count and store.free_head != SLOT_NONE:
         slots[taken] = store.free_head
         store.free_head = store.slots[store.free_head].next

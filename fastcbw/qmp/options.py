@@ -63,7 +63,7 @@ SNAPSHOT_OPTIONS = (
     Option("on-cbw-error", "str", "when source or store fails (default break-snapshot)",
            choices=("break-snapshot", "break-guest-write")),
     Option("cbw-timeout", "int", "longest wait of a guest write in milliseconds (default 5000)"),
-    Option("copy-on-read", "bool", "keep in RAM what readers read", built=(), off=False),
+    Option("copy-on-read", "bool", "keep in RAM what readers read, while room is free"),
     Option("export", "str", "how the snapshot is exported (default ro)",
            choices=("ro", "discard", "read-once"), built=("ro",)),
     Option("durability", "str", "what the store survives (default none)",

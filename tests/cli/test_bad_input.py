@@ -156,7 +156,6 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("snapshot", "set", "vm", "--name", "s", "--qmp", "q"), "nothing to change"),
     (("snapshot", "set", "vm", "--name", "s", "--qmp", "q", "--ram", "x"), "--ram: 'x' is no size"),
     (("snapshot", "set", "vm", "--name", "s", "--qmp", "q", "--cluster-size", "64K"), "--cluster-size"),
-    (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--copy-on-read"), "--copy-on-read: not built yet"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--durability", "power"), "--durability: 'power' is not built"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--export", "discard"), "--export: 'discard' is not built"),
     (("serve", "vm.img", "--socket", "s", "--snapshot", "s", "--bitmap", "b"), "--bitmap: no bitmap exists before"),

@@ -45,7 +45,7 @@ def test_a_snapshot_of_the_wrong_disks_changes_nothing(daemon, remote, disks, te
 
 @pytest.mark.parametrize("option, value, text", [
     ("cluster_size", 5000, "cluster_size: 5000 is not a power of two"), ("durability", "power", "durability: 'power' is not built"),
-    ("ram", "1Q", "ram: '1Q' is no size"), ("copy_on_read", True, "copy-on-read: not built"), ("colour", 1, "'colour' is unexpected")])
+    ("ram", "1Q", "ram: '1Q' is no size"), ("colour", 1, "'colour' is unexpected")])
 def test_a_wrong_option_is_named_and_changes_nothing(daemon, remote, option, value, text):
     with pytest.raises(Error, match=text):
         remote.snapshot("s", ["a"], **{option: value})

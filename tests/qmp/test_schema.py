@@ -56,7 +56,6 @@ def test_an_unknown_command_has_the_error_class_of_qemu():
 @pytest.mark.parametrize("options, given, text", [
     (SNAPSHOT_OPTIONS, {"durability": "power"}, r"durability: 'power' is not built yet \(what exists: none\)"),
     (SNAPSHOT_OPTIONS, {"on_full": "burn"}, r"on-full: 'burn' is unknown \(one of wait, break-snapshot"),
-    (SNAPSHOT_OPTIONS, {"copy_on_read": True}, "copy-on-read: not built yet"),
     (SNAPSHOT_OPTIONS, {"durability": "power"}, "durability: 'power' is not built yet"),
     (SNAPSHOT_OPTIONS, {"export": "discard"}, "export: 'discard' is not built yet"),
     (BACKUP_OPTIONS, {"consume": True}, "consume: not built yet"),
