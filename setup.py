@@ -38,6 +38,7 @@ EXTENSIONS = [
     "fastcbw.cbw.state",
     "fastcbw.cbw.locmap",
     "fastcbw.cbw.room",
+    "fastcbw.cbw.warm",
     "fastcbw.cbw.store",
     "fastcbw.cbw.worker",
     "fastcbw.cbw.lazy",

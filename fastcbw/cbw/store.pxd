@@ -6,7 +6,10 @@ from cpython.ref cimport PyObject
 
 from fastcbw.cbw.rate cimport Rate
 from fastcbw.cbw.room cimport Room
-from fastcbw.sync cimport pthread_mutex_t
+from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
 
 cdef enum:
     SLOT_NONE = 0xFFFFFFFF
@@ -47,8 +50,17 @@ cdef struct Store:
     uint32_t cold_head      # free as well, their memory was given back to the system
     uint32_t oldest         # list by age of what the map names, for the flusher
     uint32_t youngest
-    int64_t populated       # bytes of `pages` that were populated
     bint flush_asked        # above the high-water mark; until the flusher is at the low one
+    int64_t populated       # bytes of `pages` that were populated, or are being so
+    # the thread that keeps populated slots ahead (cbw/warm); all under `lock`
+    pthread_cond_t warm_wanted      # it sleeps on this
+    pthread_cond_t warmed           # broadcast when it has freed a block
+    pthread_t warm_thread
+    uint32_t warm_forks     # the process it lives in
+    bint warm_started
+    bint warm_asked         # until nothing is wanted any more
+    bint warm_stopping
+    int64_t warming         # slots that it is populating: neither free nor used
     # disk tier
     PyObject *log           # BlockDevice, borrowed (the Python owner of the store keeps it); NULL: no disk tier
     Descriptor *descriptors # [positions_limit], by position

@@ -2,7 +2,7 @@
 
 RAM tier. Slots of one cluster in one anonymous mapping. Free slots are taken last in, first out, because the one that
 was freed last is still in the processor's caches and certainly populated; memory that was never used is populated 64 KiB
-at a time, which costs less than a page fault for each 4 KiB, and never in huge pages (a cold one takes milliseconds).
+at a time, which costs less than a page fault for each 4 KiB, or ahead of the guest by a thread (cbw/warm).
 A slot's generation goes up at every allocation and is part of the location word: a reader copies, then looks the word up
 again, and a slot that came back with other data can't be mistaken. Used slots are in a list by age, so that the flusher
 finds the oldest. The limit is one of number, not of place: it may change at any time within the address space that was
@@ -30,7 +30,9 @@ from fastcbw.cbw.rate cimport rate_note
 from fastcbw.cbw.room cimport Room, room_changed, room_want_flush
 from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, load_seq, store32_relaxed, sub32_seq
 from fastcbw.kernels.bytes cimport crc32c
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from fastcbw.cbw.warm cimport warm_ask, warm_stop, warm_wanted
+from fastcbw.sync cimport (cond_init, pthread_cond_destroy, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
+                           pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef extern from "check.h" nogil:
     void check "fcbw_check"(bint condition, const char *rule) noexcept
@@ -49,6 +51,8 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
     if pthread_mutex_init(&store.lock, NULL) != 0:
         free(store)
         return NULL
+    cond_init(&store.warm_wanted)
+    cond_init(&store.warmed)
     store.index = index
     store.cluster_bytes = cluster_bytes
     store.room = room
@@ -109,11 +113,14 @@ cdef void unreserve(Store *store) noexcept nogil:
 
 cdef void store_free(Store *store) noexcept nogil:
     """Nobody may look into the store any more."""
+    warm_stop(store)
     unreserve(store)
     if store.live != NULL:
         unmap_pages(store.live, store.positions_limit // store.segment_clusters * 4)
     if store.descriptors != NULL:
         unmap_pages(store.descriptors, store.positions_limit * <int64_t>sizeof(Descriptor))
+    pthread_cond_destroy(&store.warm_wanted)
+    pthread_cond_destroy(&store.warmed)
     pthread_mutex_destroy(&store.lock)
     free(store)
 
@@ -135,7 +142,11 @@ cdef int64_t slots_take_spare(Store *store, uint32_t *slots, int64_t count) noex
 cdef int64_t take(Store *store, uint32_t *slots, int64_t count, int64_t leave_free) noexcept nogil:
     cdef int64_t i, taken = 0, fresh_end, grow = 0, grow_at = 0
     cdef uint32_t slot
+    cdef bint ask
     pthread_mutex_lock(&store.lock)
+    # All that is left is being populated: a moment, as a page fault would be. Near the limit nothing is populated ahead, so rare.
+    while store.warming and store.slots_limit - store.slots_used - store.warming < count:
+        pthread_cond_wait(&store.warmed, &store.lock)
     if count > store.slots_limit - store.slots_used - leave_free:
         count = max(store.slots_limit - store.slots_used - leave_free, 0)
     while taken < count and store.free_head != SLOT_NONE:
@@ -164,7 +175,10 @@ cdef int64_t take(Store *store, uint32_t *slots, int64_t count, int64_t leave_fr
         if grow > store.slots_limit * store.cluster_bytes - grow_at:
             grow = store.slots_limit * store.cluster_bytes - grow_at
         store.populated = grow_at + grow
+    ask = warm_wanted(store)
     pthread_mutex_unlock(&store.lock)
+    if ask:
+        warm_ask(store)
     if grow:
         populate_pages(store.pages + grow_at, grow)
     for i in range(taken):
