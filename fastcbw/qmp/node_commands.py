@@ -91,6 +91,7 @@ _ACTIONS = Schema([
         Argument("name", "str", "the name for clients (default: the node's)"),
         Argument("writable", "bool", "clients may write (default false)"),
         Argument("description", "str", "what NBD_OPT_INFO tells"),
+        Argument("bitmaps", "strings", "dirty bitmaps to export as qemu:dirty-bitmap:NAME; all are, these have to exist"),
         Argument("writethrough", "bool", "false"),
         Argument("allocation-depth", "bool", "false"))),
     Command("fastcbw-replace", "have an export end at another node of the same disk; its clients stay", _do_replace, (

@@ -5,12 +5,13 @@ Names, arguments, defaults and texts are those of QEMU's storage daemon; docs/qm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastcbw.cbw.options import check_name
 from fastcbw.disk import Disk, group
 from fastcbw.errors import Error
+from fastcbw.export.nbd.dirty import PREFIX
 from fastcbw.export.nbd.listen import listen_tcp, listen_unix
 from fastcbw.graph.graph import Graph
 from fastcbw.graph.node import Node, User
@@ -109,7 +110,9 @@ class Nodes:
 
     # -- exports
 
-    def add_export(self, id: str, node_name: str, *, name: str | None = None, writable: bool = False, description: str = "") -> None:
+    def add_export(self, id: str, node_name: str, *, name: str | None = None, writable: bool = False, description: str = "",
+                   bitmaps: Sequence[str] = ()) -> None:
+        """BITMAPS have to exist; every bitmap of the disk is offered, these and the others."""
         if self.daemon.nbd is None:
             raise Error("NBD server not running")
         if id in self.exports or id in self._served:
@@ -120,6 +123,10 @@ class Nodes:
             raise Error(f"NBD server already has export named '{name}'")
         if writable and (node.read_only or not node.kind.live):
             raise Error(f"Block node is read-only: node '{node.name}'")
+        offered = (node.disk() if node.kind.live else node.snapshot).contexts() if bitmaps else {}
+        for bitmap in bitmaps:
+            if PREFIX + bitmap not in offered:
+                raise Error(f"Bitmap '{bitmap}' is not found")
         user = self.graph.attach(f"export '{id}'", [(node, "root", "source", GUEST if writable else READER)])
         snapshot = node.snapshot
         hooks = {"contexts": node.disk().contexts} if node.kind.live else {

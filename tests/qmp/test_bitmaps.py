@@ -4,6 +4,7 @@ import pytest
 
 import fastcbw
 from fastcbw.errors import Error
+from fastcbw.export.nbd.client import Client
 
 
 @pytest.fixture
@@ -55,6 +56,17 @@ def test_what_is_wrong_is_named(daemon, execute, verb, arguments, words):
     with pytest.raises(Error, match=words):
         execute(f"block-dirty-bitmap-{verb}", node="a", **arguments)
     assert counts(daemon) == {"b0": 0}
+
+
+def test_an_export_names_bitmaps_that_exist(daemon, execute, tmp_path):
+    daemon.disks["a"].add_bitmap("b0", granularity=512)
+    daemon.disks["a"].write(512, b"x")
+    with pytest.raises(Error, match="Bitmap 'b1' is not found"):
+        execute("block-export-add", type="nbd", id="e", node_name="a", name="again", bitmaps=["b0", "b1"])
+    execute("block-export-add", type="nbd", id="e", node_name="a", name="again", bitmaps=["b0"])
+    with Client(tmp_path / "nbd", "again", contexts=["qemu:dirty-bitmap:b0"]) as client:
+        assert client.block_status(0, 2048) == {"qemu:dirty-bitmap:b0": [(512, 0), (512, 1), (1024, 0)]}
+    execute("block-export-del", id="e")
 
 
 def test_a_transaction_that_fails_leaves_the_bitmaps_as_they_were(daemon, execute):
