@@ -301,6 +301,17 @@ class Snapshot:
         """
         return _whole_map(self.device, offset, length)
 
+    def drop(self, offset: int = 0, length: int | None = None) -> int:
+        """Drop from RAM what reads left there and the guest has not changed; return the bytes that it freed.
+
+        A range of bytes (default: all); clusters that it touches go whole. Nothing is lost: it is read from the disk when it is wanted.
+        Raises ValueError for a range outside the disk, Error when the snapshot has been deleted.
+        """
+        try:
+            return self.disk._engine.drop(self.name, offset, length)
+        except KeyError:
+            raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted") from None
+
     def hold(self) -> None:
         """Keep the snapshot from being closed; for exports and jobs. Error when it is closed already."""
         with self._lock:

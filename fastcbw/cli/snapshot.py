@@ -28,12 +28,17 @@ def add_parser(verbs) -> None:
     listing = actions.add_parser("list", help="list all snapshots")
     listing.set_defaults(run=run_list)
 
+    drop = actions.add_parser("drop", help="drop from RAM what reads left there (copy-on-read); nothing is lost")
+    drop.add_argument("disks", nargs="+", metavar="DISK")
+    drop.add_argument("--name", required=True, metavar="SNAP")
+    drop.set_defaults(run=run_drop)
+
     delete = actions.add_parser("delete", help="delete a snapshot that nobody uses")
     delete.add_argument("disks", nargs="+", metavar="DISK")
     delete.add_argument("--name", required=True, metavar="SNAP")
     delete.set_defaults(run=run_delete)
 
-    for action in (create, change, listing, delete):
+    for action in (create, change, listing, delete, drop):
         add_qmp(action)
         add_json(action)
 
@@ -79,6 +84,17 @@ def run_list(arguments: argparse.Namespace) -> int:
         print_table(("DISK", "SNAPSHOT", "LENGTH", "STATE"),
                     [(found["disk"], found["name"], format_size(found["length"]), found["status"].get("state", ""))
                      for found in snapshots])
+    return 0
+
+
+def run_drop(arguments: argparse.Namespace) -> int:
+    with connect(arguments) as daemon:
+        dropped = daemon.client.execute("fastcbw-snapshot-drop", name=arguments.name, disks=arguments.disks)
+    if arguments.json:
+        print_json(dropped)
+    else:
+        for row in dropped:
+            print(f"{row['disk']}@{arguments.name}: {format_size(row['dropped'])} dropped")
     return 0
 
 

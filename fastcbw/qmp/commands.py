@@ -59,6 +59,10 @@ def _snapshot_set(daemon: Daemon, name: str, disks: list, **options) -> list:
     return [_describe(snapshot, daemon) for snapshot in snapshots]
 
 
+def _snapshot_drop(daemon: Daemon, name: str, disks: list) -> list:
+    return [{"disk": disk, "dropped": dropped} for disk, dropped in daemon.drop_kept(name, disks).items()]
+
+
 def _snapshot_list(daemon: Daemon) -> list:
     return [_describe(snapshot, daemon) for disk in list(daemon.disks.values()) for snapshot in disk.snapshots.values()]
 
@@ -118,6 +122,8 @@ COMMANDS = Schema([
             (_SNAPSHOT_NAME, _DISKS)),
     Command("fastcbw-snapshot-set", "change limits and policies of a snapshot that lives", _snapshot_set,
             (_SNAPSHOT_NAME, _DISKS, *_arguments(LIVE_OPTIONS))),
+    Command("fastcbw-snapshot-drop", "drop from RAM what reads left there and the guest has not changed; bytes for each disk",
+            _snapshot_drop, (_SNAPSHOT_NAME, _DISKS)),
     Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list),
     Command("fastcbw-backup", "start a backup job", _backup, (
         Argument("disk", "str", "the disk", required=True),

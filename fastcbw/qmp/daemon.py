@@ -179,6 +179,12 @@ class Daemon:
                 snapshot.set_policy(on_full=on_full, on_cbw_error=on_cbw_error)
         return snapshots
 
+    def drop_kept(self, name: str, disks: Sequence[str]) -> dict[str, int]:
+        """Drop what reads left in RAM of the snapshot NAME of each of DISKS; return the bytes that it freed, by disk."""
+        with self._change:
+            snapshots = [self.snapshot(disk, name) for disk in _distinct(disks)]
+            return {snapshot.disk.name: snapshot.drop() for snapshot in snapshots}
+
     def _check_unused(self, snapshot) -> None:
         name = _export_name(snapshot)
         for record in self.jobs.all():

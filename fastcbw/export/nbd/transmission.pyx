@@ -412,7 +412,7 @@ cdef class Connection(Reads):
             elif request.length == 0:
                 code = 0
             elif request.kind == CMD_CACHE:
-                code = 0        # advisory, and no device wants to know
+                code = self.device.cache_at(request.offset, request.length)
             elif request.kind == CMD_TRIM:
                 code = self.operate(request, IO_DISCARD, flags)
             else:
