@@ -28,7 +28,7 @@ cdef class Offload:
     # snapshot's is not known before nowhere() has been asked again.
     cdef int copy(self, int64_t offset, int64_t length) noexcept nogil
 
-# The last ranges that a worker wrote to a file on a device, in a ring.
+# The last ranges that a worker wrote to a file on a device, or a block device, in a ring.
 cdef class Behind:
     cdef FileDevice target
     cdef int64_t limit          # bytes that may be under way to the device
@@ -40,4 +40,3 @@ cdef class Behind:
 
     cdef int retire(self) noexcept nogil
     cdef int wrote(self, int64_t offset, int64_t length) noexcept nogil
-    cdef int end(self) noexcept nogil

@@ -110,16 +110,15 @@ cdef class Offload:
 
 
 def behind_for(BlockDevice target, int64_t limit):
-    """Return a Behind of a worker that writes to TARGET, or None where nothing would be gained: it is no file on a device.
+    """Return a Behind of a worker that writes to TARGET, or None where nothing would be gained: it is no file on a device and no block device, or past the page cache.
 
     limit: bytes under way to the device.
     """
     cdef Behind behind
-    cdef FileDevice file = plain_file(target)
-    if file is None or file.in_memory:
+    if type(target) is not FileDevice or (<FileDevice>target).in_memory:
         return None
     behind = Behind.__new__(Behind)
-    behind.target = file
+    behind.target = <FileDevice>target
     behind.limit = limit
     return behind
 
@@ -163,10 +162,4 @@ cdef class Behind:
         self.first = (self.first + 1) % BEHIND_RANGES
         self.count -= 1
         self.pending -= length
-        return code
-
-    cdef int end(self) noexcept nogil:
-        cdef int code = 0
-        while self.count and code == 0:
-            code = self.retire()
         return code
