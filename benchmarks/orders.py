@@ -20,8 +20,8 @@ from fastcbw.cbw.order import Order
 from fastcbw.cbw.policies import ORDER_DEFAULT
 
 K = 4096
-ORDERS = ["sequential", "ram-first", "disk-early", "disk-last", "zero-last", "hot-first", "ram-first,disk-last", "ram-first,hot-first",
-          "hot-first,ram-first", "hot-first,disk-last", "hot-first,zero-last", "hot-first,ram-first,zero-last"]
+ORDERS = ["sequential", "ram-first", "disk-early", "disk-last", "zero-last", "hot-first", "ram-first,hot-first", "hot-first,ram-first",
+          "disk-early,hot-first", "ram-first,hot-first,disk-last", "ram-first,hot-first,disk-last,zero-last"]
 TICK_BYTES = 16 << 10       # what the target takes in a tick
 REQUEST_TICKS = 1           # what a request costs it beside
 CHUNK = 256 << 10
@@ -103,7 +103,7 @@ def table(size):
     for order in ORDERS:
         cells = []
         for pattern in PATTERNS:
-            peak, copies, right = run(order, pattern, length, length // 16)
+            peak, copies, right = run(order, pattern, length, length // 128)
             assert right, f"{order}, {pattern}: the target is not the snapshot"
             first = base.setdefault(pattern, (peak, copies))
             cells += [f"{peak / first[0]:.2f}" if order != ORDERS[0] else f"{peak / (1 << 20):.1f} MiB",

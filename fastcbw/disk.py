@@ -256,7 +256,7 @@ class Snapshot:
         """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
 
         Of a snapshot of what a bitmap marks only that is copied, into a full backup that exists: a file needs force=True.
-        Keywords: order="sequential" (policies with commas, docs/copy-order.md), workers=None, in_flight=None, verify=False, force=False. See BackupJob.
+        Keywords: order="ram-first,hot-first" (policies with commas, docs/copy-order.md), workers=None, in_flight=None, verify=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
         if target is self.device or target is self.disk.device or target is self.disk._child:

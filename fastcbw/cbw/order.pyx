@@ -194,7 +194,7 @@ cdef class Order:
                     self.at[c] = 0
                     self.dry[c] = False
         for c in range(self.classes.count):
-            if self.classes.of_kind[RAM] == c and self.choose_arrival(run, limit, part):
+            if self.classes.of_kind[RAM] == c and self.classes.of_kind[COLD] != c and self.choose_arrival(run, limit, part):
                 return True
             if self.classes.of_kind[HOT] == c and self.classes.of_kind[COLD] != c:
                 if self.choose_hot(run, limit):

@@ -21,7 +21,8 @@ _RANKS: dict[str, tuple[dict[str, int], int]] = {
     "hot-first": ({"hot": 0}, 1),
 }
 ORDERS = tuple(_RANKS)
-ORDER_DEFAULT = "sequential"
+#: The smallest cache and nearly the fewest guest copies in every pattern of benchmarks/orders.py, whose table is in docs/copy-order.md.
+ORDER_DEFAULT = "ram-first,hot-first"
 
 
 def parse_order(order: str) -> list[str]:

@@ -12,7 +12,7 @@ from fastcbw.block.device import BlockDevice
 from fastcbw.cbw.copier import Copier
 from fastcbw.cbw.offload import offload_for
 from fastcbw.cbw.pace import Pace
-from fastcbw.cbw.policies import parse_order
+from fastcbw.cbw.policies import ORDER_DEFAULT, parse_order
 from fastcbw.cbw.reader import SnapshotDevice
 from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.increment import IncrementTarget
@@ -43,7 +43,7 @@ class BackupJob(Job):
         source: BlockDevice,
         target: str | os.PathLike | BlockDevice,
         *,
-        order: str = "sequential",
+        order: str = ORDER_DEFAULT,
         workers: int | None = None,
         in_flight: int | str | None = None,
         rate: int | str | None = None,

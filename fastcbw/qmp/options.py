@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fastcbw.cbw.policies import ORDERS, parse_order
+from fastcbw.cbw.policies import ORDER_DEFAULT, ORDERS, parse_order
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ SNAPSHOT_OPTIONS = (
 LIVE_OPTIONS = tuple(option for option in SNAPSHOT_OPTIONS if option.name in ("ram", "spill-limit", "on-full", "on-cbw-error"))
 
 BACKUP_OPTIONS = (
-    Option("order", "str", "copy order, one policy or several with commas (default sequential)", choices=ORDERS, check=parse_order),
+    Option("order", "str", "copy order, one policy or several with commas (default " + ORDER_DEFAULT + ")", choices=ORDERS, check=parse_order),
     Option("workers", "int", "threads that copy"),
     Option("in-flight", "size", "most bytes of the job in flight"),
     Option("verify", "bool", "read the target again and compare it with the snapshot"),

@@ -116,7 +116,7 @@ def test_ram_first_writes_what_is_in_ram_before_the_rest(disk, snapshot):
 def test_sequential_with_one_worker_ascends(disk, snapshot):
     disk.write(200 * K, b"n" * K)
     recorder = Recorder(LENGTH)
-    snapshot.backup(PythonDevice(recorder), workers=1).wait(30)
+    snapshot.backup(PythonDevice(recorder), order="sequential", workers=1).wait(30)
     assert recorder.writes == sorted(recorder.writes)
 
 
