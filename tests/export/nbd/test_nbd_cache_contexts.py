@@ -24,8 +24,10 @@ def served(folder, path):
     engine = Engine(disk)
     spill = folder / "spill"
     spill.mkdir()
-    view = engine.snapshot("s", ram=4 * K, spill=str(spill), spill_limit="1M", cluster_size=K)
-    for first in (10, 20, 30):
+    view = engine.snapshot("s", ram="1M", cluster_size=K)
+    engine.device.write(10 * K, b"n" * 4 * K)
+    engine.snapshot("newer", ram=0, spill=str(spill), spill_limit="1M")
+    for first in (20, 30):
         engine.device.write(first * K, b"n" * 4 * K)
     with Server(path) as server:
         server.add_export("disk", engine.device)
