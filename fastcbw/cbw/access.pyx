@@ -188,3 +188,29 @@ def map_extents(BlockDevice device not None, int64_t offset=0, length=None, *, i
             rows.append((offset, got, flags, access))
         offset += got
     return _np.array(rows, dtype=MAP_DTYPE), offset if offset < end else None
+
+
+def cluster_states(SnapshotDevice snapshot not None):
+    """Return the whole state of every cluster of a live snapshot, for tests: the access bits, and 32 settled, 64 a recorded discard, 128 claimed.
+
+    A uint32 array. It walks the disk: for small ones.
+    """
+    cdef EngineState state = snapshot.state
+    cdef Ticket ticket
+    cdef int64_t c, stop, clusters = (snapshot.length + ((<int64_t>1) << snapshot.cluster_bits) - 1) >> snapshot.cluster_bits
+    cdef uint32_t access
+    states = _np.zeros(clusters, _np.uint32)
+    cdef uint32_t[::1] view = states
+    for c in range(clusters):
+        access = access_extent(snapshot, c, c + 1, &stop)
+        ticket = enter(state)
+        if ticket.epoch.geometry == snapshot.snap.geometry:
+            if (load_seq(ticket.epoch.settled + (c >> 6)) >> (c & 63)) & 1:
+                access |= 32
+            if (load_seq(ticket.epoch.geometry.lazy.words + (c >> 6)) >> (c & 63)) & 1:
+                access |= 64
+            if (load_seq(ticket.epoch.geometry.claims + (c >> 6)) >> (c & 63)) & 1:
+                access |= 128
+        leave(ticket)
+        view[c] = access
+    return states
