@@ -19,6 +19,8 @@ flipped in meanwhile has no word that is older than its own.
 A reader that copies from the slot meanwhile looks the word up again and finds it changed; the slot's generation tells
 whatever comes into the slot from what it copied. I3, I6: until the word is switched the slot is what it names.
 
+What copy-on-read left and nobody has changed is dropped first, and never moved.
+
 A write that fails leaves everything in RAM. The store is tried again after a pause that doubles, a cluster at a time, and
 says so in its report. A record that is given back while later ones stay is a dead place in its segment.
 """
@@ -26,11 +28,12 @@ says so in its report. A record that is given back while later ones stay is a de
 from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastcbw.cbw.keep cimport keep_is_clean, keep_make_room
 from fastcbw.cbw.locmap cimport disk_word, map_get, map_place, ram_word
 from fastcbw.cbw.room cimport Room, room_changed
 from fastcbw.cbw.state cimport EngineState, Epoch, Geometry, Snap, Ticket, claim_release, enter, leave, summary_set
 from fastcbw.cbw.store cimport (Store, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_oldest)
-from fastcbw.kernels.atomic cimport add32_seq, add_relaxed, add_seq, load_seq, or_acquire, store_release, store_seq, sub_seq
+from fastcbw.kernels.atomic cimport add32_seq, add_relaxed, add_seq, load_seq, or_acquire, store_relaxed, store_release, store_seq, sub_seq
 from fastcbw.sync cimport (cond_wait_until, give_way, now_ns, pthread_cond_signal, pthread_cond_wait, pthread_mutex_lock,
                            pthread_mutex_unlock, sleep_ns)
 
@@ -117,9 +120,13 @@ cdef class Flusher:
         cdef Ticket ticket = enter(self.state)
         cdef Store *store
         cdef Store *found = NULL
+        cdef int64_t above
         cdef int i
         for i in range(ticket.epoch.need_count):
             store = (<Snap *>ticket.epoch.need[i]).store
+            above = store.slots_used - low_water(store)
+            if store.flush_asked and store.log != NULL and above > 0:
+                keep_make_room(self.state, ticket.epoch, ticket.epoch.need[i], above)       # what the disk has as well goes first
             if (seen >> store.index) & 1 or store.log == NULL or not is_wanting(store):
                 continue
             if store.retry_ns > now:
@@ -190,7 +197,7 @@ cdef class Flusher:
             # A batch's store has clusters of one geometry, which lives as long as any snapshot that is counted here.
             if geometry != NULL and not or_acquire(geometry.claims + cluster // 64, bit) & bit:
                 snap = holder(ticket.epoch, cluster, ram_word(store.index, batch.slots[i], batch.generations[i]))
-                if snap != NULL:
+                if snap != NULL and not keep_is_clean(ticket.epoch, snap, cluster):
                     add32_seq(&store.slots[batch.slots[i]].refs, 1)
                     batch.slots[kept] = batch.slots[i]
                     batch.clusters[kept] = cluster
@@ -232,6 +239,7 @@ cdef class Flusher:
                         word = disk_word(store.index, batch.position + i)
                         store_release(map_place(&snap.map, cluster), word)
                         summary_set(snap, cluster, word)
+                        store_relaxed(&self.state.word_gone, ticket.epoch.number)
                         switched = True
                     claim_release(geometry, &bit, cluster, 1)
                 leave(ticket)

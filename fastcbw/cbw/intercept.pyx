@@ -549,7 +549,7 @@ cdef void publish(Copy *copy) noexcept nogil:
         if item.zero and item.slot >= 0:
             slot_unref(store, item.slot)
     if in_ram and store.log != NULL:
-        slots_enlist(store, slots, clusters, in_ram)
+        slots_enlist(store, slots, clusters, in_ram, True)
     add_relaxed(&snap.preserved, <uint64_t>(copy.items_count - copy.left))
     add_relaxed(&snap.preserved_zero, zeroes)
     item = &copy.items[copy.items_count - 1]

@@ -30,3 +30,5 @@ cdef bint keep_has(EngineState state, int64_t offset, int64_t length) noexcept n
 cdef int keep_preadv_nowait(EngineState state, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil
 
 cdef void keep_counts(EngineState state, Snap *snap, uint64_t *unchanged, uint64_t *spared) noexcept nogil     # for reports
+# Whether it is kept and unchanged: to be dropped, never to be moved to the disk tier. The caller is counted in EPOCH.
+cdef bint keep_is_clean(const Epoch *epoch, const Snap *snap, int64_t cluster) noexcept nogil

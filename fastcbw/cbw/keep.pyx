@@ -42,7 +42,7 @@ from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Snap, Ticket, clai
                                 wake_keeper)
 from fastcbw.cbw.stops cimport (STOP_DROP_CLAIMED, STOP_DROP_CLEARED, STOP_DROP_DECIDED, STOP_DROP_ENTERED, STOP_GUEST_COPIED,
                                 STOP_GUEST_FOUND, STOP_INSERT_CHECKED, STOP_INSERT_CLAIMED, STOP_INSERT_READ, pass_stop)
-from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_reserve, slots_take_spare
+from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_enlist, slots_reserve, slots_take_spare
 from fastcbw.cbw.worker cimport Copy, ROUND_BYTES, ROUND_CLUSTERS, copy_read
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_seq, cas_seq, fence_acquire, fence_seq, load_relaxed, load_seq,
                                      or_acquire, or_seq, store_relaxed, store_release, store_seq, sub_seq)
@@ -91,6 +91,10 @@ cdef inline uint64_t changed_since(const Epoch *epoch, const Snap *snap, int64_t
         if epoch.chain[i] == snap:
             return bits
     return ~(<uint64_t>0)       # it is not there any more
+
+
+cdef bint keep_is_clean(const Epoch *epoch, const Snap *snap, int64_t cluster) noexcept nogil:
+    return (load_relaxed(snap.kept.words + cluster // 64) & ~changed_since(epoch, snap, cluster // 64)) >> (cluster % 64) & 1
 
 
 # -- insert
@@ -224,6 +228,8 @@ cdef void publish(const Epoch *epoch, Snap *snap, Copy *copy, int begin, int end
         summary_set(newest, cluster, word)
         if not copy.items[i].zero:
             kept_set(newest, cluster)
+            if store.log != NULL:       # for the flusher, once it is changed; to drop it is not what this is for
+                slots_enlist(store, &copy.items[i].slot, &cluster, 1, False)
             copy.items[i].slot = -1
         add_relaxed(&newest.read_kept, 1)
         if may_settle(epoch, cluster):

@@ -86,8 +86,8 @@ cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept n
 cdef int64_t slots_take_spare(Store *store, uint32_t *slots, int64_t count) noexcept nogil
 cdef int64_t slots_reserve(const Store *store) noexcept nogil      # how many those are
 cdef void slot_unref(Store *store, int64_t slot) noexcept nogil
-# The slot holds CLUSTER now, and a word names it: it is the youngest.
-cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count) noexcept nogil
+# The slot holds CLUSTER now, and a word names it: it is the youngest. ask: wake the flusher above the high-water mark.
+cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count, bint ask) noexcept nogil
 # Up to COUNT of the oldest that are in the list, with their clusters and generations; they go to its end, to be tried later.
 cdef int64_t slots_oldest(Store *store, int64_t *slots, int64_t *clusters, uint32_t *generations, int64_t count) noexcept nogil
 # Sets the limit of RAM; memory that is free above it goes back to the system. What is used above it goes as it is freed.

@@ -242,15 +242,15 @@ cdef inline void unlist(Store *store, uint32_t slot) noexcept nogil:
     store.slots[slot].older = SLOT_OFF
 
 
-cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count) noexcept nogil:
+cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *clusters, int64_t count, bint ask) noexcept nogil:
     cdef int64_t i
-    cdef bint ask = False
     pthread_mutex_lock(&store.lock)
     for i in range(count):
         store.slots[slots[i]].cluster = <uint64_t>clusters[i]
         enlist(store, <uint32_t>slots[i])
-    if store.log != NULL and not store.flush_asked and store.slots_used > high_water(store):
-        store.flush_asked = ask = True
+    ask = ask and not store.flush_asked and store.slots_used > high_water(store)
+    if ask:
+        store.flush_asked = True
     pthread_mutex_unlock(&store.lock)
     if ask:
         room_want_flush(store.room)

@@ -250,6 +250,26 @@ def test_m_the_generation_tells_a_reader_that_its_slot_was_flushed_and_reused(sh
     engine.close()
 
 
+def test_what_copy_on_read_left_is_dropped_before_anything_moves_and_moves_only_once_it_is_changed(engine, log, log_faults):
+    view = engine.snapshot("s", ram=16 * K, spill=log, copy_on_read=True)
+    read(view, 0, 10)                           # kept; then half of it is changed, and can't be dropped any more
+    write(engine, 0, b"n", 5)
+    kept = tiers(engine)[0]
+    assert kept >= 8 and log_faults.requests["write"] == 0
+    for cluster in range(20, 40):
+        write(engine, cluster, b"n")
+        wait_idle(engine)
+        assert tiers(engine)[0] <= 12
+    write(engine, 50, b"n", 8)
+    wait_idle(engine)
+    ram, disk = tiers(engine)
+    assert ram + disk == 5 + 20 + 8             # what was clean is nowhere
+    assert engine.device.read(5 * K, 5 * K) == b"o" * 5 * K
+    with log_faults.fail_on("read"), pytest.raises(OSError):
+        read(view, 0, 5)                        # the changed ones, which were the oldest
+    assert view.read(0, LENGTH) == OLD
+
+
 # -- limits
 
 
