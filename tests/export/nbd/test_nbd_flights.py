@@ -117,6 +117,7 @@ def test_many_requests_under_way_are_what_the_model_says_with_every_engine(path,
 def test_a_slow_request_does_not_hold_up_a_settled_write_of_its_connection(guest, engine, late, operation):
     engine.snapshot("s")
     guest.write(0, b"x" * K)                # settles it
+    guest.write(MIB, b"x" * K)              # and what the slow request is about, so that it gets to the device
     kinds = {"flush": c.CMD_FLUSH, "read": c.CMD_READ, "zero": c.CMD_WRITE_ZEROES, "discard": c.CMD_TRIM}
     with late.hold(operation, MIB, K) as gate:
         slow = guest.send(kinds[operation], *(() if operation == "flush" else (MIB, K)))
@@ -143,8 +144,8 @@ def test_a_first_touch_whose_old_data_is_slow_does_not_hold_up_others(guest, eng
 def test_a_write_that_waits_for_room_does_not_hold_up_others(guest, engine, late):
     log = DelayDevice(MemoryDevice(MIB))
     late.child.write(0, b"o" * 8 * K)
-    view = engine.snapshot("s", ram=K, spill=log, cbw_timeout=60_000)
-    guest.write(0, b"n" * K)                # takes the slot
+    view = engine.snapshot("s", ram=0, spill=log, cbw_timeout=60_000)
+    guest.write(0, b"n" * K)                # settles it
     with log.hold("write") as gate:
         slow = guest.send(c.CMD_WRITE, K, K, payload=b"n" * K)
         gate.wait_arrived()
