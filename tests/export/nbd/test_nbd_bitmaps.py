@@ -90,8 +90,8 @@ def test_every_context_of_a_request_covers_the_same_bytes(disk, path):
 
 
 @pytest.mark.parametrize("queries, listed", [
-    ([], ["base:allocation", DIRTY + "b", DIRTY + "c"]),
-    (["qemu:"], [DIRTY + "b", DIRTY + "c"]),
+    ([], ["base:allocation", "qemu:allocation-depth", DIRTY + "b", DIRTY + "c"]),
+    (["qemu:"], ["qemu:allocation-depth", DIRTY + "b", DIRTY + "c"]),
     ([DIRTY], [DIRTY + "b", DIRTY + "c"]),
     ([DIRTY + "c"], [DIRTY + "c"]),
     ([DIRTY + "d", "qemu", "base:"], ["base:allocation"]),
