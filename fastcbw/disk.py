@@ -123,7 +123,7 @@ class Disk:
 
         name: letters, digits, `_`, `.`, `-`. Keywords (INTERFACE's options): cluster_size=4096 (power of two, 4K to 1M),
         ram="256M", spill=None (folder), spill_limit=None, on_full="break-snapshot", on_cbw_error="break-snapshot",
-        cbw_timeout=5000 (milliseconds), copy_on_read=False, export="ro", durability="none"; bitmap=None (a dirty bitmap: only what it marks is
+        cbw_timeout=5000 (milliseconds), copy_on_read=False, export="ro" ("discard", "read-once"), durability="none"; bitmap=None (a dirty bitmap: only what it marks is
         preserved and readable), new_bitmap=None (the name of a bitmap that starts, empty, at the same instant),
         new_bitmap_granularity=None (default: that of `bitmap`, or 64K).
         Raises ValueError, TypeError, Error, LimitReached, OSError, MemoryError; then nothing has changed.
@@ -236,8 +236,9 @@ class Disk:
 class Snapshot:
     """A disk as it was at one instant. Made by Disk.snapshot().
 
-    read, readinto, extents are those of `device`, a read-only BlockDevice; reads raise SnapshotBroken once the snapshot
-    was given up for the guest's sake. Safe from any thread.
+    read, readinto, extents are those of `device`, a BlockDevice that nobody writes; reads raise SnapshotBroken once the snapshot
+    was given up for the guest's sake. discard(offset, length) drops what its reader has done with, take(offset, length) reads
+    and drops; both in multiples of `device.granule` bytes. Safe from any thread.
     """
 
     def __init__(self, disk: Disk, name: str, device: BlockDevice) -> None:
@@ -251,22 +252,29 @@ class Snapshot:
         self._exported_by: Server | None = None
         self._lock = threading.Lock()
         self.read, self.readinto, self.extents = device.read, device.readinto, device.extents
+        self.discard, self.take = device.discard, device.take
+        self._drops = None if device.export == "ro" else device.export
 
     def backup(self, target: str | os.PathLike | BlockDevice, **options: Any) -> BackupJob:
         """Start copying this snapshot to TARGET (a file, a block device, or a device object); return the job.
 
         Of a snapshot of what a bitmap marks only that is copied, into a full backup that exists: a file needs force=True.
-        Keywords: order="ram-first,hot-first" (policies with commas, docs/copy-order.md), workers=None, in_flight=None, verify=False, force=False. See BackupJob.
+        Keywords: order="ram-first,hot-first" (policies with commas, docs/copy-order.md), workers=None, in_flight=None, verify=False,
+        consume=False, force=False. See BackupJob.
         Raises ValueError, TypeError, OSError, ImageLocked; then nothing was made or changed.
         """
         if target is self.device or target is self.disk.device or target is self.disk._child:
             raise ValueError(f"target {target.name}: is the source itself (name another device)")
+        if options.get("consume") and self._holds:
+            raise Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients, which would lose what this job consumes")
         self.hold()
         try:
             job = BackupJob(self.device, target, sources=self.disk.sources, on_release=lambda: self._end_job(job), **options)
         except BaseException:
             self.release()
             raise
+        if job.consume:
+            self.disk._engine.consumer_begin(self.device)
         self.disk._jobs.add(job)
         return job.start()
 
@@ -275,6 +283,8 @@ class Snapshot:
         return contexts_of_snapshot(self.device)
 
     def _end_job(self, job: BackupJob) -> None:
+        if job.consume:
+            self.disk._engine.consumer_end(self.device)
         if job.result:
             self._give_back(success=True)
         self.release()
@@ -319,6 +329,17 @@ class Snapshot:
                 raise Error(f"{self.disk.name}@{self.name}: the snapshot has been deleted")
             self.disk._engine.check_open()
             self._holds += 1
+
+    def _connect(self) -> None:
+        """A client has come to an export; one that reads once makes room."""
+        self.hold()
+        if self._drops == "read-once":
+            self.disk._engine.consumer_begin(self.device)
+
+    def _disconnect(self) -> None:
+        if self._drops == "read-once":
+            self.disk._engine.consumer_end(self.device)
+        self.release()
 
     def release(self) -> None:
         """Undo one hold()."""
@@ -382,8 +403,8 @@ class Snapshot:
         return Error(f"{self.disk.name}@{self.name}: in use by {self._holds} jobs or clients (end them first)")
 
     def _export(self, server: Server) -> None:
-        server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, background=True, contexts=self.contexts,
-                          description=f"snapshot {self.name} of {self.disk.name}", on_connect=self.hold, on_disconnect=self.release)
+        server.add_export(f"{self.disk.name}@{self.name}", self.device, read_only=True, drops=self._drops, background=True, contexts=self.contexts,
+                          description=f"snapshot {self.name} of {self.disk.name}", on_connect=self._connect, on_disconnect=self._disconnect)
         self._exported_by = server
 
     def __enter__(self) -> Snapshot:

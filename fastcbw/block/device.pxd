@@ -74,6 +74,10 @@ cdef class BlockDevice:
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
     cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
     cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil     # advisory: content undefined after
+    # Reading once, of devices that drop what was handed over. Before the read: whether the range can be dropped, 0 or a code. After
+    # all of it was handed over: it goes.
+    cdef int check_once(self, int64_t offset, int64_t length) noexcept nogil
+    cdef int delivered(self, int64_t offset, int64_t length) noexcept nogil
     cdef int sync(self) noexcept nogil                  # all that was acknowledged before is on stable storage
     # The first extent of the range: its length (1..length) with *flags, or -errno. Holes are the truth at some moment of the call.
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil

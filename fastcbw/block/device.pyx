@@ -110,6 +110,12 @@ cdef class BlockDevice:
             return self.sync()
         return 0
 
+    cdef int check_once(self, int64_t offset, int64_t length) noexcept nogil:
+        return -EOPNOTSUPP
+
+    cdef int delivered(self, int64_t offset, int64_t length) noexcept nogil:
+        return -EOPNOTSUPP
+
     cdef int sync(self) noexcept nogil:
         return 0
 

@@ -5,6 +5,7 @@ from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.offload cimport Behind, Offload
 from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
+from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.sync cimport pthread_mutex_t
 
 cdef enum:
@@ -23,6 +24,7 @@ cdef class Copier:
     cdef readonly BlockDevice target
     cdef readonly int64_t chunk         # bytes of one read and write
     cdef bint target_is_zero            # zeroes need not be written
+    cdef SnapshotDevice consuming       # what is in the target is dropped from it; or None
     cdef bint comparing                 # compare instead of copy
     cdef readonly Pace pace             # how many workers, how large steps, how fast
     cdef readonly Offload offload       # the kernel copies from file to file; None where it does not
@@ -42,6 +44,7 @@ cdef class Copier:
     cdef bint next_piece(self, Piece *piece) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
     cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil
+    cdef void consume(self, const Piece *piece) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil
     cdef int copy_data(self, int64_t offset, int64_t length, char *buffer, bint target_is_zero) noexcept nogil
     cdef int copy_by_kernel(self, int64_t offset, int64_t length, char *buffer) noexcept nogil

@@ -21,6 +21,8 @@ from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
 from fastcbw.cbw.offload cimport OFFLOAD_LACKING, Behind, Offload
 from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
+from fastcbw.cbw.discard cimport granule_bytes
+from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_seq, store_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background
@@ -31,6 +33,7 @@ cdef enum:
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
+cdef int64_t ZEROES_CONSUMED_MAX = 1 << 30
 cdef int64_t BEHIND_BYTES = 4 << 20      # of each worker, under way to a device
 cdef int WORKERS_UNBOUND = 1 << 20       # without a pace: all that call run()
 
@@ -55,7 +58,8 @@ cdef class Copier:
     """
 
     def __cinit__(self, BlockDevice source not None, BlockDevice target not None, *, int64_t chunk=1 << 18,
-                  str order="sequential", bint target_is_zero=False, bint comparing=False, Pace pace=None, Offload offload=None):
+                  str order="sequential", bint target_is_zero=False, bint comparing=False, bint consuming=False, Pace pace=None,
+                  Offload offload=None):
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
         if target.length < source.length:
@@ -68,6 +72,9 @@ cdef class Copier:
         self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
         self.offload = None if comparing else offload
         self.order = Order(source, order, chunk=chunk)
+        if consuming and (comparing or not isinstance(source, SnapshotDevice)):
+            raise ValueError(f"consuming: {source.name} is no snapshot, or is to be compared")
+        self.consuming = <SnapshotDevice>source if consuming else None
         pthread_mutex_init(&self.lock, NULL)
 
     def __dealloc__(self):
@@ -130,11 +137,25 @@ cdef class Copier:
                         self.note_error(code, DOING_WRITE, step.offset, step.length)
             if code:
                 return code
+            if self.consuming is not None:
+                self.consume(&step)
             if not piece.zero:
                 self.pace.moved(step.length)
             add_seq(&self.done_bytes, <uint64_t>step.length)
             at += step.length
         return 0
+
+    cdef void consume(self, const Piece *piece) noexcept nogil:
+        """It is in the target: drop it from the snapshot, whole granules of it. What stays for an error costs room, no data."""
+        cdef int64_t granule = granule_bytes(self.consuming.cluster_bits)
+        cdef int64_t begin = (piece.offset + granule - 1) // granule * granule
+        cdef int64_t end = piece.offset + piece.length
+        if piece.zero and piece.length > ZEROES_CONSUMED_MAX:
+            return              # takes no room, and the bitmaps of so much would
+        if end != self.source.length:
+            end = end // granule * granule
+        if begin < end:
+            self.consuming.drop(begin, end - begin)
 
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil:
         if piece.zero:

@@ -513,6 +513,8 @@ cdef class Engine:
                 "reason": snapshot.broken_reason(),
                 "cluster_size": size,
                 "bitmap": snapshot.bitmap_name,
+                "export": snapshot.export,
+                "discarded_bytes": load_relaxed(&snapshot.snap.discarded),
                 "preserved_clusters": load_relaxed(&snapshot.snap.preserved),
                 "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
                 "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
@@ -689,6 +691,7 @@ def take_snapshots(engines, name, options):
             engine = engines[i]
             device = _make_device(engine, creations[i].snap, name)
             device.bitmap, device.bitmap_name = frozen[i], options.bitmap
+            device.export = options.export
             engine.snapshots[name] = device
             devices.append(device)
         return devices

@@ -202,38 +202,44 @@ cdef void hand_over(EngineState state, Snap *snap) noexcept nogil:
 
 
 cdef void hand_over_one(EngineState state, Snap *snap, int64_t cluster) noexcept nogil:
-    cdef Geometry *geometry = snap.geometry
     cdef uint64_t got = (<uint64_t>1) << (cluster % 64)
-    cdef uint64_t word
-    cdef uint64_t dropped = WORD_NONE
-    cdef uint64_t *place
-    cdef Snap *heir
+    cdef uint64_t dropped
     cdef Ticket ticket
-    while claim_one(geometry, cluster, now_ns() + A_MINUTE_NS) != 0:
+    while claim_one(snap.geometry, cluster, now_ns() + A_MINUTE_NS) != 0:
         pass                # held over a copy whose device does not answer: there is nothing better than to wait
     ticket = enter(state)
-    word = map_get(&snap.map, cluster)
+    dropped = hand_over_claimed(state, ticket.epoch, snap, cluster)
+    claim_release(snap.geometry, &got, cluster, 1)
+    leave(ticket)
+    drop_word(state, dropped)
+
+
+cdef uint64_t hand_over_claimed(EngineState state, Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:
+    cdef uint64_t word = map_get(&snap.map, cluster)
+    cdef uint64_t *place
+    cdef Snap *heir
     while word != WORD_NONE:
-        heir = find_heir(ticket.epoch, snap, cluster)
+        heir = find_heir(epoch, snap, cluster)
         if heir != NULL:
             place = map_place(&heir.map, cluster)
             if place == NULL:
-                snap_break(state, heir, WHY_MEMORY, 0, cluster << geometry.cluster_bits)
+                snap_break(state, heir, WHY_MEMORY, 0, cluster << snap.geometry.cluster_bits)
                 continue        # it needs nothing any more; the one before it may
             store_release(place, word)                                          # R4: destination first
             summary_set(heir, cluster, word)
             if (load_relaxed(snap.kept.words + cluster // 64) >> (cluster % 64)) & 1:
                 kept_set(heir, cluster)
-            store_release(map_place(&snap.map, cluster), WORD_NONE)
-            break
         store_release(map_place(&snap.map, cluster), WORD_NONE)
-        dropped = word
+        if heir != NULL:
+            word = WORD_NONE    # the heir's now: nothing to drop
         break
     summary_set(snap, cluster, WORD_NONE)
-    claim_release(geometry, &got, cluster, 1)
-    leave(ticket)
-    if word_tag(dropped) == WORD_RAM or word_tag(dropped) == WORD_DISK:
-        store_drop(state.stores[word_store(dropped)], dropped)      # may give space back to a file system: not under the claim
+    return word
+
+
+cdef void drop_word(EngineState state, uint64_t word) noexcept nogil:
+    if word_tag(word) == WORD_RAM or word_tag(word) == WORD_DISK:
+        store_drop(state.stores[word_store(word)], word)
 
 
 cdef Snap *find_heir(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept nogil:

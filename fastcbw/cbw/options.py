@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _CHOICES = {
     "on_full": (("break-snapshot", "break-guest-write", "wait"), ()),
     "on_cbw_error": (("break-snapshot", "break-guest-write"), ()),
-    "export": (("ro",), ("discard", "read-once")),
+    "export": (("ro", "discard", "read-once"), ()),
     "durability": (("none",), ("process", "power")),
 }
 
@@ -55,6 +55,7 @@ class SnapshotOptions:
     spill: str | BlockDevice | None = None
     spill_limit: int = 0
     cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT
+    export: str = "ro"
     bitmap: str | None = None
     bitmap_for: str | None = None           # what BITMAP is handed to until it is given back; None: it goes on as it was
     new_bitmap: str | None = None
@@ -101,7 +102,7 @@ class SnapshotOptions:
             raise TypeError(f"copy_on_read: expected a bool, got {type(copy_on_read).__name__}")
         if copy_on_read and room == 0:
             raise ValueError(f"copy_on_read: True without a RAM tier: it never leaves anything elsewhere (give ram, not {ram!r})")
-        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, on_full=on_full, on_cbw_error=on_cbw_error,
+        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, on_full=on_full, on_cbw_error=on_cbw_error, export=export,
                    **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 

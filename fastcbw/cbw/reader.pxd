@@ -9,6 +9,7 @@ cdef enum:
     # codes of the snapshot's own errors, beside -errno: a door or an export turns them into what its users know
     ERROR_BROKEN = -1000        # the snapshot was broken: EIO outside
     ERROR_NOT_IN_SNAPSHOT = -1001       # outside `copy`: EINVAL outside
+    ERROR_TOO_FINE = -1002      # a discard that is not cut in granules: EINVAL outside
 
 cdef class SnapshotDevice(BlockDevice):
     cdef EngineState state
@@ -17,6 +18,7 @@ cdef class SnapshotDevice(BlockDevice):
     cdef readonly int cluster_bits
     cdef readonly object bitmap         # DirtyWords that `copy` was made of, as they were at the instant; or None
     cdef readonly str bitmap_name
+    cdef readonly str export            # what exports of it let their clients do: "ro", "discard", "read-once"
     cdef readonly bint retired          # the engine has unlinked it (control)
 
     # NOWAIT: -EAGAIN, with anything in BUFFER, instead of waiting for a device
@@ -28,6 +30,7 @@ cdef class SnapshotDevice(BlockDevice):
     cdef int take_from_log(self, char *buffer, int64_t offset, int64_t end, int64_t cluster, uint64_t *word) noexcept nogil
     cdef int verdict(self, int64_t offset, int64_t length) noexcept nogil
     cdef int64_t nowhere(self, int64_t offset, int64_t length) noexcept nogil
+    cdef int drop(self, int64_t offset, int64_t length) noexcept nogil       # what its reader has done with; 0 or why not
     cdef str broken_reason(self)
     cdef int mark_closed(self) except -1
 

@@ -9,7 +9,7 @@ same. Last, after the look-ups, `dead` and `copy`: an end clears those first (R5
 Counted in an epoch: look-ups and copies out of RAM. Not counted: I/O.
 """
 
-from libc.errno cimport EAGAIN, EINVAL, EIO
+from libc.errno cimport EAGAIN, EINVAL, EIO, EPERM, ESTALE
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
@@ -17,6 +17,7 @@ from libc.string cimport memcpy, memset, strerror
 
 from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO
 from fastcbw.block.sys cimport iovec
+from fastcbw.cbw.discard cimport granule_bytes, has_parts, is_granular, parts_run, snapshot_discard
 from fastcbw.cbw.keep cimport NO_ROOM, keep_fetch, keep_step
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_leaf, map_next_leaf_before, word_position,
                                  word_slot, word_store, word_tag)
@@ -40,7 +41,7 @@ cdef int64_t BATCH_BYTES = 1 << 20
 
 
 cdef class SnapshotDevice(BlockDevice):
-    """One snapshot as a read-only device. Reads are the point in time, or an error."""
+    """One snapshot as a device that nobody writes. Reads are the point in time, or an error; what was read can be dropped."""
 
     def __cinit__(self, *args, **keywords):
         self.read_only = True
@@ -278,7 +279,72 @@ cdef class SnapshotDevice(BlockDevice):
             return ERROR_BROKEN
         if copy_run(self.snap, first, first + count, &inside) < first + count or not inside:
             return ERROR_NOT_IN_SNAPSHOT
+        if has_parts(self.snap) and (parts_run(self.snap, offset, offset + length, &inside) < offset + length or inside):
+            return ERROR_NOT_IN_SNAPSHOT
         return 0
+
+    # -- what the reader has done with
+
+    cdef int drop(self, int64_t offset, int64_t length) noexcept nogil:
+        cdef int code
+        if not is_granular(self.state, self.cluster_bits, offset, length):
+            return ERROR_TOO_FINE
+        if load_seq(&self.snap.dead) != ALIVE:
+            return ERROR_BROKEN
+        code = snapshot_discard(self.state, self.snap, offset, length)
+        return ERROR_BROKEN if code == -ESTALE else code
+
+    cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return self.drop(offset, length)
+
+    cdef int check_once(self, int64_t offset, int64_t length) noexcept nogil:
+        return 0 if is_granular(self.state, self.cluster_bits, offset, length) else ERROR_TOO_FINE
+
+    cdef int delivered(self, int64_t offset, int64_t length) noexcept nogil:
+        return self.drop(offset, length)
+
+    cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return -EPERM           # for clients of an export that may discard
+
+    cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        return -EPERM
+
+    @property
+    def granule(self):
+        """Bytes that a discard must be cut in; the end of the disk is always a cut."""
+        return granule_bytes(self.cluster_bits)
+
+    @property
+    def discarded(self):
+        """Bytes that were discarded of the snapshot, roughly: 0 as long as it is whole."""
+        return load_relaxed(&self.snap.discarded)
+
+    def discard(self, int64_t offset, int64_t length):
+        """Drop LENGTH bytes at OFFSET, multiples of `granule`: reading them is an error from then on, and guest writes there cost nothing.
+
+        What has gone already stays so. Raises ValueError, SnapshotBroken, MemoryError.
+        """
+        cdef int code = 0
+        self.check_range(offset, length)
+        if length:
+            with nogil:
+                code = self.drop(offset, length)
+        if code:
+            self.fail(code, "discard", offset, length)
+
+    def take(self, int64_t offset, int64_t length):
+        """Return LENGTH bytes at OFFSET and drop them, see discard; on an error nothing was dropped.
+
+        Of two calls at once for the same bytes both may return them; a call that begins after one has ended gets NotInSnapshot.
+        """
+        self.check_range(offset, length)
+        if length and not is_granular(self.state, self.cluster_bits, offset, length):
+            self.fail(ERROR_TOO_FINE, "take", offset, length)
+        data = self.read(offset, length)
+        self.discard(offset, length)
+        return data
+
+    # -- block status
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         """Zero clusters are holes; what is in a store is data; what is nowhere is what the active disk says, if it still is so.
@@ -302,6 +368,13 @@ cdef class SnapshotDevice(BlockDevice):
                 flags[0] = STATUS_ABSENT
                 limit = (end_cluster << self.cluster_bits) - offset
                 return limit if limit < length else length
+            if has_parts(self.snap):
+                limit = min(end_cluster << self.cluster_bits, offset + length)
+                length = parts_run(self.snap, offset, limit, &inside) - offset
+                if inside:
+                    flags[0] = STATUS_ABSENT
+                    return length
+                end_cluster = ((offset + length - 1) >> self.cluster_bits) + 1
             # How far does the kind of the first cluster go?
             ticket = enter(self.state)
             cluster = next_held(ticket.epoch, self.snap, first, end_cluster)
@@ -354,6 +427,9 @@ cdef class SnapshotDevice(BlockDevice):
         if code == ERROR_NOT_IN_SNAPSHOT:
             snprintf(text, size, "the range, or a part of it, is not in the snapshot")
             return EINVAL
+        if code == ERROR_TOO_FINE:
+            snprintf(text, size, "parts of a cluster are discarded in multiples of %lld bytes", <long long>granule_bytes(self.cluster_bits))
+            return EINVAL
         if code != ERROR_BROKEN:
             return self.state.child.explain(code, text, size)
         if why == WHY_NOT:
@@ -389,9 +465,9 @@ cdef class SnapshotDevice(BlockDevice):
 
     cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
         cdef char text[256]
-        if code == ERROR_BROKEN or code == ERROR_NOT_IN_SNAPSHOT:
+        if code == ERROR_BROKEN or code == ERROR_NOT_IN_SNAPSHOT or code == ERROR_TOO_FINE:
             self.explain(code, text, sizeof(text))
-            raise (SnapshotBroken if code == ERROR_BROKEN else NotInSnapshot)(
+            raise (SnapshotBroken if code == ERROR_BROKEN else NotInSnapshot if code == ERROR_NOT_IN_SNAPSHOT else ValueError)(
                 f"{self.name}: {operation} {offset}+{length}: {text.decode(errors='replace')}")
         return BlockDevice.fail(self, code, operation, offset, length)
 

@@ -73,6 +73,9 @@ cdef struct Snap:
     LocationMap map             # words (claim), looked up by anybody counted
     # `copy`, what the reader still needs: what `within` marks (everything until within_set), without `not_copy`. It only shrinks.
     sparse_bits not_copy        # given up one by one (claim); with summary
+    LocationMap parts           # not locations: a word of granules that were given up, for clusters of which others remain (claim)
+    uint64_t parts_used         # atomic: a granule was given up, ever
+    uint64_t discarded          # bytes of what was given up (atomic counter)
     sparse_bits within          # from a dirty bitmap; filled before within_set, then constant; words NULL: the whole disk
     uint64_t within_set         # atomic, release
     sparse_bits changed         # written since the snapshot, marked by guest writes while it is the newest (atomic); with summary

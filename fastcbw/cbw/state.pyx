@@ -320,6 +320,10 @@ cdef Snap *snap_new(EngineState state, Geometry *geometry, Store *store, uint64_
     if map_init(&snap.map, geometry.clusters) != 0:
         free(snap)
         return NULL
+    if map_init(&snap.parts, geometry.clusters) != 0:
+        map_free(&snap.map)
+        free(snap)
+        return NULL
     snap.id = id
     snap.refs = 1
     snap.store = store

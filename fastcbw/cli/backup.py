@@ -30,6 +30,8 @@ def add_parser(verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options = check_options(BACKUP_OPTIONS, arguments)
+    if options.get("consume") and options.get("verify"):
+        raise UsageError("--consume: not with --verify (what has been consumed cannot be compared)")
     refuse_unbuilt(backing=arguments.backing)
     _check_pace(arguments)
     check_nbd_uri(arguments.source)

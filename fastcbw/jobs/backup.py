@@ -21,7 +21,7 @@ from fastcbw.jobs.pacing import TICK_S, Governor, check_guest_p99, check_in_flig
 from fastcbw.jobs.target import Target
 
 # Named in INTERFACE, not built yet.
-_LATER = ("consume", "resume", "format", "backing")
+_LATER = ("resume", "format", "backing")
 
 
 class BackupJob(Job):
@@ -32,7 +32,8 @@ class BackupJob(Job):
     order: policies with commas, see docs/copy-order.md. workers: 1 to 64 threads, each with one buffer; default: as many as raise the throughput,
         up to 16, to a file up to half the processors and 4. in_flight: bytes of all buffers together (while verifying: twice
         that), a limit; default: 16 MiB; with workers, 256 KiB for each. rate: bytes a second, a limit. guest_p99: milliseconds, the
-        guest's p99 write latency that the job slows down for. verify: read the target again and compare it with the source.
+        guest's p99 write latency that the job slows down for. consume: what is in the target is dropped from the snapshot at once, not
+        with verify; after a failure the rest is still there, and the same target can be given to another job. verify: read the target again and compare it with the source.
     on_release: called once when the job needs the source no more.
 
     Arguments are checked and the target is made here; start() begins to copy.
@@ -49,6 +50,7 @@ class BackupJob(Job):
         rate: int | str | None = None,
         guest_p99: float | None = None,
         verify: bool = False,
+        consume: bool = False,
         force: bool = False,
         sources: list[str | int] = (),
         on_release: Callable[[], None] | None = None,
@@ -68,6 +70,8 @@ class BackupJob(Job):
         self._rate = check_rate(rate)
         self.guest_p99 = check_guest_p99(guest_p99, source)
         self.verify = verify
+        self.consume = consume
+        _check_whole(source, verify, consume)
         self.source = source
         self.order = order
         self.phase = "copy"
@@ -91,7 +95,7 @@ class BackupJob(Job):
             pace.set_rate(self._rate)
             pace.set_paused(self._paused)
         return Copier(self.source, self._target.device, chunk=pace.piece_max, order="sequential" if comparing else self.order,
-                      target_is_zero=self._target.is_zero, comparing=comparing, pace=pace, offload=offload)
+                      target_is_zero=self._target.is_zero, comparing=comparing, consuming=self.consume, pace=pace, offload=offload)
 
     def run(self) -> None:
         # A cancelled job removes what it wrote; a failed one leaves it, under the name that says so.
@@ -107,6 +111,8 @@ class BackupJob(Job):
     def _run(self) -> None:
         self._work(self._copier, "backup")
         self._target.sync()
+        if not self.consume and getattr(self.source, "discarded", 0):
+            raise JobFailed("backup: parts of the snapshot were discarded meanwhile, by somebody else: the backup lacks them")
         if self.verify:
             self.phase = "verify"
             self._verifier = self._make_copier(comparing=True)
@@ -200,3 +206,12 @@ class BackupJob(Job):
             done += self._verifier.done if self._verifier is not None else 0
         elapsed = self.elapsed()
         return {"done": done, "total": total, "bytes_per_s": int(done / elapsed) if elapsed else 0}
+
+
+def _check_whole(source: BlockDevice, verify: bool, consume: bool) -> None:
+    if consume and verify:
+        raise ValueError("consume: not with verify (what has been consumed cannot be compared)")
+    if consume and not isinstance(source, SnapshotDevice):
+        raise ValueError(f"consume: {source.name} is no snapshot")
+    if not consume and getattr(source, "discarded", 0):
+        raise ValueError(f"{source.name}: parts of the snapshot were discarded, a backup would lack them (consume copies what is left)")

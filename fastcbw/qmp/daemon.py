@@ -198,9 +198,9 @@ class Daemon:
         self.nbd.add_export(disk.name, disk.device, description=f"disk {disk.name}", contexts=disk.contexts)
 
     def _export_snapshot(self, snapshot) -> None:
-        self.nbd.add_export(_export_name(snapshot), snapshot.device, read_only=True, background=True,
+        self.nbd.add_export(_export_name(snapshot), snapshot.device, read_only=True, drops=snapshot._drops, background=True,
                             contexts=snapshot.contexts, description=f"snapshot {snapshot.name} of {snapshot.disk.name}",
-                            on_connect=snapshot.hold, on_disconnect=snapshot.release)
+                            on_connect=snapshot._connect, on_disconnect=snapshot._disconnect)
 
     # -- jobs
 

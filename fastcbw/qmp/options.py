@@ -65,7 +65,7 @@ SNAPSHOT_OPTIONS = (
     Option("cbw-timeout", "int", "longest wait of a guest write in milliseconds (default 5000)"),
     Option("copy-on-read", "bool", "keep in RAM what readers read, while room is free"),
     Option("export", "str", "how the snapshot is exported (default ro)",
-           choices=("ro", "discard", "read-once"), built=("ro",)),
+           choices=("ro", "discard", "read-once")),
     Option("durability", "str", "what the store survives (default none)",
            choices=("none", "process", "power"), built=("none",)),
 )
@@ -82,7 +82,7 @@ BACKUP_OPTIONS = (
     Option("rate", "size", "limit in bytes per second"),
     Option("guest-p99", "int", "slow down when the guest's p99 write latency (ms) is above this"),
     Option("bitmap", "str", "copy only what this dirty bitmap marks, into a full backup that exists"),
-    Option("consume", "bool", "drop from the snapshot what is copied", built=(), off=False),
+    Option("consume", "bool", "drop from the snapshot what is copied (not with --verify)"),
     Option("resume", "bool", "go on with a target that was left incomplete", built=(), off=False),
 )
 

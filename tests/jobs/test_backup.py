@@ -343,7 +343,7 @@ def test_a_job_can_be_awaited(snapshot, tmp_path):
     ({"guest_p99": float("nan")}, ValueError, "guest_p99: nan"),
     ({"guest_p99": "5"}, TypeError, "guest_p99"),
     ({"guest_p99": True}, TypeError, "guest_p99"),
-    ({"consume": True}, ValueError, "consume"),
+    ({"consume": True, "verify": True}, ValueError, "consume: not with verify"),
     ({"resume": True}, ValueError, "resume"),
     ({"unknown": 1}, TypeError, "unknown"),
 ])

@@ -57,9 +57,9 @@ def test_an_unknown_command_has_the_error_class_of_qemu():
     (SNAPSHOT_OPTIONS, {"durability": "power"}, r"durability: 'power' is not built yet \(what exists: none\)"),
     (SNAPSHOT_OPTIONS, {"on_full": "burn"}, r"on-full: 'burn' is unknown \(one of wait, break-snapshot"),
     (SNAPSHOT_OPTIONS, {"durability": "power"}, "durability: 'power' is not built yet"),
-    (SNAPSHOT_OPTIONS, {"export": "discard"}, "export: 'discard' is not built yet"),
-    (BACKUP_OPTIONS, {"consume": True}, "consume: not built yet"),
     (BACKUP_OPTIONS, {"order": "hot-first,up"}, r"order: 'up' is unknown \(there is sequential, ram-first"),
+    (SNAPSHOT_OPTIONS, {"export": "rw"}, r"export: 'rw' is unknown \(one of ro, discard, read-once"),
+    (BACKUP_OPTIONS, {"resume": True}, "resume: not built yet"),
 ])
 def test_an_option_that_is_not_built_is_refused_by_name(options, given, text):
     assert re.match(text, refusals(options, given))

@@ -40,6 +40,8 @@ cdef class Answers:
     cdef Replies replies
     cdef Flights flights            # None: every request is done at once, in the thread of run()
     cdef bint read_only
+    cdef bint trims_only            # of a device that nobody writes: TRIM says what the client has done with
+    cdef bint read_once             # and so does a read, when its reply has gone out
     cdef bint background            # class in the pool
     cdef bytes export_name          # kept for `name`
     cdef const char *name           # of the export, for messages

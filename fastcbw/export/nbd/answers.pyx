@@ -30,6 +30,7 @@ OPERATIONS[:] = [b"read", b"write", b"disconnect", b"flush", b"trim", b"cache", 
 
 cdef const char *SOME_REQUEST = b"request"
 cdef const char *NOT_WRITABLE = b"the export is read-only"
+cdef const char *TRIMS_ONLY = b"the export is a snapshot: it can be trimmed, not written"
 cdef const char *OUT_OF_RANGE = b"beyond the end of the export"
 cdef const char *TOO_LONG = b"longer than 32 MiB"
 cdef const char *UNKNOWN_FLAG = b"a flag that this request does not have"
@@ -84,6 +85,9 @@ cdef class Answers:
             return -EINVAL
         if writes and self.read_only:
             why[0] = NOT_WRITABLE
+            return -EPERM
+        if self.trims_only and (kind == CMD_WRITE or kind == CMD_WRITE_ZEROES):
+            why[0] = TRIMS_ONLY
             return -EPERM
         if kind == CMD_FLUSH:
             return 0

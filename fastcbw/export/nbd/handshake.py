@@ -40,6 +40,7 @@ class Offered(Protocol):
     description: str
     length: int
     read_only: bool
+    drops: str | None
     contexts: Mapping[str, MetaContext]
 
 
@@ -57,6 +58,8 @@ def export_flags(export: Offered, structured: bool) -> int:
     flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
     if export.read_only:
         flags |= c.FLAG_READ_ONLY
+    elif export.drops is not None:
+        flags |= c.FLAG_SEND_TRIM
     else:
         flags |= c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
     if structured:

@@ -13,6 +13,7 @@ cdef enum:
 cdef class Reads(Answers):
     cdef int read_now(self, void *buffer, int64_t offset, int64_t length) noexcept nogil
     cdef void read(self, const Request *request) noexcept nogil
+    cdef void read_any(self, const Request *request) noexcept nogil
     cdef void read_small(self, const Request *request) noexcept nogil
     cdef void read_pieces(self, const Request *request) noexcept nogil
     cdef void read_whole(self, const Request *request) noexcept nogil

@@ -3,6 +3,9 @@
 What is in memory is read at once: a small read into the batch of replies; a large one into a pool buffer, by pieces, each sent before
 the next is read, or whole where the reply must be one chunk (DF, simple replies). What would wait for a device becomes a flight at that
 point, and goes on when it has arrived. Without flights every read is done at once, waiting or not.
+
+Of a read-once export, which has no flights, a reply is sent at once, and when all of it has gone out the device is told. An error,
+or a socket that failed, keeps the data.
 """
 
 from libc.errno cimport EAGAIN, ENOMEM
@@ -11,9 +14,10 @@ from libc.string cimport memcpy
 
 from fastcbw.block.device cimport IO_READ
 from fastcbw.block.sys cimport iovec
-from fastcbw.export.nbd.answers cimport BYTES_READ, READS, count
+from fastcbw.export.nbd.answers cimport BYTES_READ, ERRORS, READS, count
 from fastcbw.export.nbd.flights cimport FLIGHT_READ, FLIGHT_READ_PIECES, OWN_LENGTH, Flight
 from fastcbw.export.nbd.pool cimport PIECE_LENGTH
+from fastcbw.kernels.atomic cimport load_relaxed
 from fastcbw.wire.constants cimport (
     CHUNK_LENGTH, CMD_FLAG_DF, REPLY_FLAG_DONE, REPLY_TYPE_NONE, REPLY_TYPE_OFFSET_DATA, SIMPLE_REPLY_LENGTH, SIMPLE_REPLY_MAGIC)
 from fastcbw.wire.integers cimport store32, store64
@@ -44,6 +48,22 @@ cdef class Reads(Answers):
         return self.device.preadv_nowait(&vector, 1, offset, length)
 
     cdef void read(self, const Request *request) noexcept nogil:
+        cdef uint64_t errors
+        cdef int code
+        if not self.read_once or request.length == 0:
+            self.read_any(request)
+            return
+        code = self.device.check_once(request.offset, request.length)
+        if code:
+            self.refuse(request, code, NULL, request.offset)
+            return
+        errors = load_relaxed(&self.counters[ERRORS])
+        self.read_any(request)
+        # The whole reply has to be the socket's, or the data stays: a client that went away has not got it.
+        if load_relaxed(&self.counters[ERRORS]) == errors and self.replies.send(NULL, 0) == 0:
+            self.device.delivered(request.offset, request.length)
+
+    cdef void read_any(self, const Request *request) noexcept nogil:
         cdef char *at
         if request.length == 0 and self.replies.structured:
             at = self.replies.room(CHUNK_LENGTH)        # a data chunk has at least one byte

@@ -55,11 +55,12 @@ EXHAUSTED_SECONDS = 0.1
 class Export:
     """A device under a name. Made by Server.add_export(); attributes are read-only to others."""
 
-    def __init__(self, name, device, read_only, description, background, contexts, on_connect, on_disconnect):
+    def __init__(self, name, device, read_only, drops, description, background, contexts, on_connect, on_disconnect):
         self.name: str = name
         self.device: BlockDevice = device
         self.length: int = device.length
         self.read_only: bool = read_only
+        self.drops: str | None = drops
         self.description: str = description
         self.background: bool = background
         self._contexts = contexts
@@ -92,6 +93,7 @@ class Export:
             "name": self.name,
             "length": self.length,
             "read_only": self.read_only,
+            "drops": self.drops,
             "description": self.description,
             "background": self.background,
             "connections": len(clients),
@@ -238,6 +240,7 @@ class Server:
         device: BlockDevice,
         *,
         read_only: bool | None = None,
+        drops: str | None = None,
         description: str = "",
         background: bool = False,
         contexts: Mapping[str, MetaContext] | Callable[[], Mapping[str, MetaContext]] | None = None,
@@ -247,6 +250,8 @@ class Server:
         """Serve DEVICE as NAME; return the Export.
 
         read_only: None takes the device's; a read-only device can't be exported writable.
+        drops: of a device that nobody writes and that can drop what its readers have done with: "discard", clients say so by
+            trims; "read-once", so does every read, when its whole reply was handed to the socket.
         background: its clients use only the part of the pool above the guests' reserve.
         contexts: meta contexts beside base:allocation and those of contexts_of, by name; or what returns them, asked anew in each handshake.
         on_connect: called before a client gets the export, in the connection's thread; an Error it raises refuses the
@@ -261,11 +266,15 @@ class Server:
                 raise ValueError(f"export {name[:40]!r}: the {what} is longer than {c.STRING_LENGTH_MAX} bytes")
         if not name:
             raise ValueError("export name: must not be empty (a single export answers to the empty name anyway)")
-        if read_only is None:
+        if drops not in (None, "discard", "read-once"):
+            raise ValueError(f"export {name!r}: drops: {drops!r} is unknown (there is discard, read-once)")
+        if drops is not None:
+            read_only = False
+        elif read_only is None:
             read_only = bool(device.read_only)
         elif not read_only and device.read_only:
             raise ValueError(f"export {name!r}: {device.name} is read-only, it cannot be exported writable")
-        export = Export(name, device, read_only, description, background, contexts, on_connect, on_disconnect)
+        export = Export(name, device, read_only, drops, description, background, contexts, on_connect, on_disconnect)
         with self._lock:
             if self._closing:
                 raise Error(f"export {name!r}: the server is closed")
@@ -432,7 +441,8 @@ class Server:
             threading.current_thread().name = f"nbd-{export.name}"
             connection = Connection(
                 client.sock.fileno(), export.device, self.pool, export.name, structured=agreed.structured,
-                contexts=agreed.contexts, read_only=export.read_only, background=export.background, spin_us=self._spin_us,
+                contexts=agreed.contexts, read_only=export.read_only, drops=export.drops,
+                background=export.background, spin_us=self._spin_us,
                 spin_adaptive=self._spin_adaptive)
             with self._lock:
                 client.connection = connection

@@ -16,6 +16,7 @@ class Connection(Reads):
         structured: bool = False,
         contexts: Iterable[tuple[int, MetaContext]] = (),
         read_only: bool = False,
+        drops: str | None = None,
         background: bool = False,
         spin_us: int = 0,
         spin_adaptive: bool = False,

@@ -47,19 +47,21 @@ cdef class Connection(Reads):
 
     device: what is served. pool: the server's BufferPool. name: of the export, for error texts.
     structured: structured replies were negotiated. contexts: pairs (id, MetaContext), as negotiated.
-    background: class of the export in the pool. spin_us: how long to poll the socket before sleeping, 0 = not;
+    drops: see Server.add_export. background: class of the export in the pool. spin_us: how long to poll the socket before sleeping, 0 = not;
     spin_adaptive: only where that has paid lately. Background exports never poll.
     run() is called by one thread, once; everything else from any thread.
     """
 
     def __cinit__(self, int fd, BlockDevice device not None, BufferPool pool not None, str name, *, bint structured=False,
-                  contexts=(), bint read_only=False, bint background=False, int spin_us=0,
+                  contexts=(), bint read_only=False, str drops=None, bint background=False, int spin_us=0,
                   bint spin_adaptive=False):
         cdef int i
         self.fd = fd
         self.device = device
         self.pool = pool
-        self.read_only = read_only or device.read_only
+        self.read_only = read_only or device.read_only and drops is None
+        self.trims_only = drops is not None
+        self.read_once = drops == "read-once"
         self.background = background
         # Guest first: who reads a snapshot sleeps, and leaves the processor to others.
         self.spin_max_ns = 0 if background else <int64_t>spin_us * 1000
@@ -78,7 +80,8 @@ cdef class Connection(Reads):
         self.contexts_count = len(self.contexts)
         self.replies = Replies(fd, structured)
         # What waits may leave this thread where the device is made for it, and its opener has chosen an engine.
-        if device.queueable and device.io_engine != ENGINE_SYNC:
+        # A read-once export answers one read after the other: what has gone out is consumed before the next.
+        if device.queueable and device.io_engine != ENGINE_SYNC and not self.read_once:
             self.flights = self.replies.flights = Flights(device, background)
         self.need = REQUEST_LENGTH
         self.buffer = <char *>map_pages(BUFFER_LENGTH)

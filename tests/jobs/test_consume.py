@@ -1,0 +1,88 @@
+"""Backup jobs that drop from the snapshot what is in the target."""
+
+import errno
+
+import pytest
+
+import fastcbw
+from fastcbw.block.delay import DelayDevice
+from fastcbw.block.fault import FaultDevice
+from fastcbw.block.memory import MemoryDevice
+
+K = 4096
+LENGTH = 2 << 20
+
+
+@pytest.fixture
+def disk():
+    device = MemoryDevice(LENGTH, name="vm")
+    for cluster in range(LENGTH // K):
+        device.write(cluster * K, bytes([cluster % 251 + 1]) * K)
+    device.write_zeroes(1 << 20, 300_000)
+    with fastcbw.open(device, name="vm") as disk:
+        disk.old = disk.read(0, LENGTH)
+        yield disk
+
+
+@pytest.mark.parametrize("size", ["4K", "64K", "1M"])
+@pytest.mark.parametrize("order", ["sequential", "ram-first"])
+def test_what_is_copied_is_dropped(disk, tmp_path, order, size):
+    snap = disk.snapshot("s", cluster_size=size)
+    disk.write(0, b"n" * LENGTH)
+    assert snap.status()["ram_bytes"] > 0
+    snap.backup(tmp_path / "b.img", order=order, consume=True, workers=2).wait(60)
+    assert (tmp_path / "b.img").read_bytes() == disk.old
+    assert snap.status()["ram_bytes"] == 0 and snap.status()["discarded_bytes"] == LENGTH
+    with pytest.raises(fastcbw.NotInSnapshot):
+        snap.read(5 * K, K)
+
+
+def test_the_guest_pays_nothing_behind_the_job_and_the_rest_stays_after_a_failure(disk):
+    """The target fails in the middle; what was not written is still there, and a second job on the same target completes it."""
+    snap = disk.snapshot("s")
+    target = FaultDevice(MemoryDevice(LENGTH, name="target"))
+    with target.fail_on("write", 1_600_000, K, errno=errno.ENOSPC):
+        job = snap.backup(target, consume=True, workers=1, in_flight="64K")
+        with pytest.raises(fastcbw.JobFailed, match="No space left"):
+            job.wait(60)
+    dropped = snap.status()["discarded_bytes"]
+    assert 1_000_000 < dropped < 1_700_000
+    disk.write(0, b"n" * LENGTH)
+    assert snap.status()["preserved_bytes"] == LENGTH - dropped
+    with pytest.raises(ValueError, match="parts of the snapshot were discarded"):
+        snap.backup(target)
+    snap.backup(target, consume=True, workers=1).wait(60)
+    assert target.read(0, LENGTH) == disk.old
+    assert snap.status()["ram_bytes"] == 0
+
+
+def test_a_job_is_refused_where_somebody_else_would_lose_data(disk, tmp_path):
+    snap = disk.snapshot("s")
+    target = DelayDevice(MemoryDevice(LENGTH, name="target"))
+    with target.hold("write") as gate:
+        job = snap.backup(target)
+        gate.wait_arrived()
+        with pytest.raises(fastcbw.Error, match="would lose"):
+            snap.backup(tmp_path / "b.img", consume=True)
+    job.wait(60)
+    with pytest.raises(ValueError, match="consume: not with verify"):
+        snap.backup(tmp_path / "b.img", consume=True, verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_that_others_discard_from_fails(disk, tmp_path):
+    snap = disk.snapshot("s")
+    target = DelayDevice(MemoryDevice(LENGTH, name="target"))
+    with target.hold("write") as gate:
+        job = snap.backup(target, workers=1, in_flight="64K")
+        gate.wait_arrived()
+        snap.discard(1 << 19, 1 << 18)
+    with pytest.raises(fastcbw.JobFailed, match="discarded|not in the snapshot"):
+        job.wait(60)
+
+
+def test_of_two_snapshots_the_older_one_keeps_what_the_job_consumed(disk, tmp_path):
+    older, newer = disk.snapshot("s1"), disk.snapshot("s2")
+    disk.write(0, b"n" * LENGTH)
+    newer.backup(tmp_path / "b.img", consume=True).wait(60)
+    assert older.read(0, LENGTH) == disk.old == (tmp_path / "b.img").read_bytes()
