@@ -93,8 +93,15 @@ class Peer:
         return self.process.pid
 
     def qmp(self) -> QmpClient:
-        """A QMP client of the server; the caller closes it."""
-        return QmpClient(self.socket + ".qmp", timeout=120)
+        """A QMP client of the server, whose QMP socket may come a moment after the NBD one; the caller closes it."""
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                return QmpClient(self.socket + ".qmp", timeout=120)
+            except OSError:
+                if time.monotonic() > deadline or self.process.poll() is not None:
+                    raise
+                time.sleep(0.01)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -182,7 +189,7 @@ class Qemu(Peer):
         for i in range(self.layers):
             words += [*self.file(f"tfile{i}", self.target + (str(i) if i else "")),
                       "--blockdev", f"driver=raw,node-name=target{i},file=tfile{i}",
-                      "--blockdev", f"driver=copy-before-write,node-name=cbw{i},file={node},target=target{i}",
+                      "--blockdev", f"driver=copy-before-write,node-name=cbw{i},file={node},target=target{i},discard=unmap",
                       "--blockdev", f"driver=snapshot-access,node-name=snap{i},file=cbw{i}"]
             node = f"cbw{i}"
         words += ["--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=16",
