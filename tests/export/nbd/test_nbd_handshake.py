@@ -202,7 +202,7 @@ def test_meta_contexts_of_an_unknown_export_are_refused(greeted):
 @pytest.mark.parametrize(
     ("queries", "expected"),
     [
-        ([], {b"base:allocation", b"x-test:more"}),
+        ([], {b"base:allocation", b"qemu:allocation-depth", b"x-test:more"}),
         (["base:"], {b"base:allocation"}),
         (["x-test:more"], {b"x-test:more"}),
         (["base:other", "unknown:"], set()),

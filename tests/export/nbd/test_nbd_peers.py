@@ -43,7 +43,7 @@ def uri(server, image, path):
 def test_nbdinfo_shows_what_the_export_can(uri):
     (export,) = json.loads(run("nbdinfo", "--json", uri))["exports"]
     assert export["export-size"] == 64 * MIB
-    assert export["contexts"] == ["base:allocation"]
+    assert export["contexts"] == ["base:allocation", "qemu:allocation-depth"]
     assert export["block_size_maximum"] == 32 * MIB
     for what in ("can_cache", "can_df", "can_fast_zero", "can_flush", "can_fua", "can_multi_conn", "can_trim", "can_zero"):
         assert export[what] is True, what
