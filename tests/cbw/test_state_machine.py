@@ -235,15 +235,61 @@ class EngineMachine(RuleBasedStateMachine):
             assert buffer == plain.read(offset, length)
 
     @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), taking=st.booleans())
+    def discard_of_a_snapshot(self, data, taking):
+        """Of whole clusters, by command or as they are read."""
+        plain, size = data.draw(st.sampled_from(self.model.live)), self.model.cluster_size
+        first = data.draw(st.integers(0, (self.length - 1) // size))
+        count = data.draw(st.integers(1, 70))
+        offset, length = first * size, min(count * size, self.length - first * size)
+        view = self.views[plain.name]
+        if not taking:
+            view.discard(offset, length)
+        elif self.in_copy(plain, offset, length):
+            assert view.take(offset, length) == plain.read(offset, length)
+        else:
+            with pytest.raises(NotInSnapshot):
+                view.take(offset, length)
+            return
+        self.model.discard_of(plain.name, range(first, first + count))
+        self.finish_discards()
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data())
+    def keep_and_drop(self, data):
+        """What CACHE leaves in RAM serves the guest, and goes again; zeroes would stay, and cost the guest nothing later."""
+        plain, size = data.draw(st.sampled_from(self.model.live)), self.model.cluster_size
+        offset, length = self.span(data)
+        clusters = range(offset // size, (offset + length - 1) // size + 1)
+        if not self.in_copy(plain, offset, length) or not all(any(plain.data[c * size : (c + 1) * size]) for c in clusters):
+            return
+        self.views[plain.name].cache(offset, length)
+        assert self.views[plain.name].read(offset, length) == plain.read(offset, length)
+        self.guest_reads_what_it_wrote()
+        for snapshot in self.model.live:
+            self.engine.drop(snapshot.name)
+            assert self.engine.report(snapshot.name)["kept_clusters"] == 0
+
+    @precondition(lambda self: self.model.live)
     @rule(data=st.data(), order=st.sampled_from(["sequential", "ram-first", "disk-last,zero-last", "hot-first,disk-early"]), workers=st.integers(1, 3),
           chunk=st.sampled_from([4096, 12288, 65536]), verify=st.booleans())
     def backup(self, data, order, workers, chunk, verify):
         snapshot = data.draw(st.sampled_from(self.model.live))
         target = MemoryDevice(self.length)
         target.write(0, b"\xee" * self.length)
+        left = self.masked(snapshot, b"\xee")
+        if snapshot.discarded or data.draw(st.integers(0, 3)) == 0:
+            if snapshot.discarded:
+                with pytest.raises(ValueError, match="discarded"):
+                    BackupJob(self.views[snapshot.name], target)
+            BackupJob(self.views[snapshot.name], target, order=order, workers=workers, in_flight=chunk * workers, consume=True).start().wait(60)
+            assert target.read(0, self.length) == left
+            self.model.discard_of(snapshot.name, range(-(-self.length // self.model.cluster_size)))
+            self.finish_discards()
+            return
         job = BackupJob(self.views[snapshot.name], target, order=order, workers=workers, in_flight=chunk * workers, verify=verify)
         job.start().wait(60)
-        assert target.read(0, self.length) == self.masked(snapshot, b"\xee")
+        assert target.read(0, self.length) == left
         total = self.length * (2 if verify else 1)
         assert (job.progress["done"], job.progress["total"]) == (total, total)
 
@@ -296,11 +342,11 @@ class EngineMachine(RuleBasedStateMachine):
             facts = self.engine.report(plain.name)
             assert facts["preserved_clusters"] == plain.preserved
             assert facts["zero_clusters"] == plain.preserved_zero
-            assert facts["ram_bytes"] + facts["disk_bytes"] == plain.held * facts["cluster_size"]
+            assert facts["ram_bytes"] + facts["disk_bytes"] == self.model.held(plain) * facts["cluster_size"]
             assert facts["disk_bytes"] <= facts["disk_limit"]
             if facts["disk_bytes"] < facts["disk_limit"]:       # the flusher has made room, or had no need to
                 assert facts["ram_bytes"] <= facts["ram_limit"] * 3 // 4
-            elif not facts["disk_limit"] and plain.held <= plain.capacity:
+            elif not facts["disk_limit"] and self.model.held(plain) <= plain.capacity:
                 assert facts["ram_bytes"] <= facts["ram_limit"]
 
     @invariant()

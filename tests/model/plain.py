@@ -16,9 +16,9 @@ class GuestWriteRefused(Exception):
 
 @dataclass
 class PlainSnapshot:
-    """A copy of the disk. `kept`: cluster -> whether its old data takes room in the store (zeroes do not).
+    """A copy of the disk. `kept`: cluster -> the snapshot in whose store its old data takes room; None: in none, zeroes.
 
-    copy: the clusters that are in it; None: all.
+    copy: the clusters that are in it; None: all. discarded: of some of them its reader has done with.
     """
 
     name: str
@@ -27,14 +27,10 @@ class PlainSnapshot:
     copy: frozenset[int] | None = None
     on_full: str = "break-snapshot"
     broken: bool = False
-    kept: dict[int, bool] = field(default_factory=dict)
+    discarded: bool = False
+    kept: dict[int, PlainSnapshot | None] = field(default_factory=dict)
     preserved: int = 0
     preserved_zero: int = 0
-
-    @property
-    def held(self) -> int:
-        """Clusters that take room in the snapshot's own store, while it lives."""
-        return sum(self.kept.values())
 
     def has(self, cluster: int) -> bool:
         return self.copy is None or cluster in self.copy
@@ -191,7 +187,7 @@ class PlainDisk:
         while missing := [(self._needing(c), c) for c in asked if self._needing(c) is not None]:
             newest = missing[0][0]
             old = {c: any(self.data[c * size : (c + 1) * size]) for needing, c in missing if needing is newest}
-            if newest.held + sum(old.values()) > newest.capacity and any(old.values()):
+            if self.held(newest) + sum(old.values()) > newest.capacity and any(old.values()):
                 if newest.on_full == "break-guest-write":
                     raise GuestWriteRefused(newest.name)
                 # Some of it may have been preserved before there was no room; an older snapshot then has it already.
@@ -199,7 +195,7 @@ class PlainDisk:
                 if not self.live:
                     return
                 continue
-            newest.kept.update(old)
+            newest.kept.update({c: newest if takes else None for c, takes in old.items()})
             self.recorded -= set(old)
             newest.preserved += len(old)
             newest.preserved_zero += len(old) - sum(old.values())
@@ -213,18 +209,33 @@ class PlainDisk:
                 return snapshot
         return None
 
-    def _hand_over(self, name: str) -> None:
-        """What a snapshot keeps goes to the next older live one that needs it and has nothing for the cluster."""
-        order = list(self.snapshots.values())
+    def held(self, snapshot: PlainSnapshot) -> int:
+        """Clusters that take room in the store of SNAPSHOT, also those that an older one has inherited."""
+        return sum(owner is snapshot for other in self.live for owner in other.kept.values())
+
+    def discard_of(self, name: str, clusters: range) -> None:
+        """A reader has done with CLUSTERS of a snapshot."""
         snapshot = self.snapshots[name]
-        if snapshot.broken:
-            return
-        older = [s for s in order[: order.index(snapshot)] if not s.broken]
-        for cluster in snapshot.kept:
-            for heir in reversed(older):
-                # The data itself stays in the giver's store: it takes no room of the heir's.
-                if cluster not in heir.kept and heir.has(cluster):
-                    heir.kept[cluster] = False
-                elif cluster not in heir.kept:
-                    continue
-                break
+        for cluster in clusters:
+            if snapshot.has(cluster) and cluster in snapshot.kept:
+                self._inherit(snapshot, cluster)
+        there = range(-(-self.length // self.cluster_size)) if snapshot.copy is None else snapshot.copy
+        snapshot.discarded |= not frozenset(clusters).isdisjoint(there)
+        snapshot.copy = frozenset(there) - frozenset(clusters)
+
+    def _hand_over(self, name: str) -> None:
+        """What a snapshot keeps goes to those that read it there."""
+        snapshot = self.snapshots[name]
+        if not snapshot.broken:
+            for cluster in list(snapshot.kept):
+                self._inherit(snapshot, cluster)
+
+    def _inherit(self, snapshot: PlainSnapshot, cluster: int) -> None:
+        """It goes to the next older live one that needs it and has nothing for the cluster; the data stays where it lies."""
+        word = snapshot.kept.pop(cluster)
+        for heir in reversed(self.live[: self.live.index(snapshot)]):
+            if cluster in heir.kept:
+                return
+            if heir.has(cluster):
+                heir.kept[cluster] = word
+                return
