@@ -40,10 +40,11 @@ class Guest:
 
     issued[s], acknowledged[s]: versions of sector s; zeroed[s]: the versions that were zeroes. A discarded sector may hold zeroes at any
     time from then on, or go on as it was: such a version is zeroes, and is never acknowledged. stripe: sectors that are one writer's.
+    may_fail: errors after which a version is never acknowledged either.
     """
 
-    def __init__(self, device, writers, seed, stripe=3):
-        self.stripe = stripe
+    def __init__(self, device, writers, seed, stripe=3, may_fail=()):
+        self.stripe, self.may_fail = stripe, may_fail
         self.device = device
         self.sectors = device.length // SECTOR      # the disk's odd tail is not the guest's
         self.issued = np.zeros(self.sectors, np.int64)
@@ -66,20 +67,36 @@ class Guest:
                 kind = rng.random()
                 self.issued[mine] += 1
                 version = self.issued[mine].copy()
-                if kind < 0.75:
-                    sector = np.arange(first, first + count, dtype=np.int64)
-                    data = np.repeat(np.stack((sector, version), axis=1), SECTOR // 16, axis=0).tobytes()
-                    self.device.write(first * SECTOR, data)
-                else:
+                if kind >= 0.75:
                     for i in range(count):
                         self.zeroed[first + i].add(int(version[i]))
-                    operation = self.device.write_zeroes if kind < 0.9 else self.device.discard
-                    operation(first * SECTOR, count * SECTOR)
+                try:
+                    if kind < 0.75:
+                        sector = np.arange(first, first + count, dtype=np.int64)
+                        data = np.repeat(np.stack((sector, version), axis=1), SECTOR // 16, axis=0).tobytes()
+                        self.device.write(first * SECTOR, data)
+                    else:
+                        operation = self.device.write_zeroes if kind < 0.9 else self.device.discard
+                        operation(first * SECTOR, count * SECTOR)
+                except self.may_fail:
+                    continue
                 if kind < 0.9:
                     self.acknowledged[mine] = version
                 self.writes += 1
         except BaseException as error:
             self.errors.append(error)
+
+    def check_versions(self, data, before, after, first=0):
+        """DATA, of the sectors from FIRST on, holds versions from BEFORE to AFTER; a sector may be torn between two of them."""
+        words = np.frombuffer(data, np.int64).reshape(-1, SECTOR // 16, 2)
+        number, version = words[:, :, 0], words[:, :, 1]
+        sector = np.arange(first, first + len(words))[:, None]
+        written = version > 0
+        assert ((number == sector) | ~written).all(), "data of another sector"
+        assert ((version >= before[:, None]) | ~written).all(), "an acknowledged write is missing"
+        assert ((version <= after[:, None]) | ~written).all(), "a write from the future"
+        for s in np.flatnonzero(~written.all(axis=1)):
+            assert any(v in self.zeroed[first + s] for v in range(before[s], after[s] + 1)), f"sector {first + s}: zeroes out of nowhere"
 
     def check_instant(self, image, before, after):
         """IMAGE is an instant between BEFORE (acknowledged when the call began) and AFTER (issued when it returned)."""
