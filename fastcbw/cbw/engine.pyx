@@ -518,6 +518,11 @@ cdef class Engine:
                 "preserved_clusters": load_relaxed(&snapshot.snap.preserved),
                 "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
                 "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
+                "preserved_by": {
+                    "write": (load_relaxed(&snapshot.snap.preserved) - load_relaxed(&snapshot.snap.preserved_zeroing)) * size,
+                    "write-zeroes": load_relaxed(&snapshot.snap.preserved_zeroing) * size,
+                    "copy-on-read": load_relaxed(&snapshot.snap.read_kept) * size,
+                },
                 "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0,
                 "copy_on_read": bool(snapshot.snap.copy_on_read),
                 "kept_clusters": 0, "kept_bytes": 0,

@@ -22,7 +22,7 @@ cdef enum:
 # Counts the guest write in, marks it, preserves what it is about to overwrite. 0 (all was settled) or 1 with *ticket counted:
 # the write may go to the disk, then leave(ticket). Negative: a code of cbw/policy: a snapshot's policy refuses it, and nothing is counted.
 # It waits for nothing but its own copy, claims, old writes, and room where a snapshot asks for that; with one deadline.
-cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil
+cdef int guest_begin(EngineState state, int64_t offset, int64_t length, bint zeroing, Ticket *ticket) noexcept nogil
 
 # The steps of a copy, for those who make it another way (cbw/guest). In this order; none of them waits.
 cdef int64_t next_to_preserve(const Epoch *epoch, int64_t first, int64_t end, int64_t *round_end) noexcept nogil

@@ -90,7 +90,7 @@ cdef class FilterDevice(BlockDevice):
     cdef int pwrite(self, const void *buffer, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int touched = guest_begin(self.state, offset, length, False, &ticket)
         cdef int code
         if touched < 0:
             return touched
@@ -101,7 +101,7 @@ cdef class FilterDevice(BlockDevice):
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int touched = guest_begin(self.state, offset, length, False, &ticket)
         cdef int code
         if touched < 0:
             return touched
@@ -112,7 +112,7 @@ cdef class FilterDevice(BlockDevice):
     cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef Ticket ticket
         cdef int64_t began_ns = latency_begin(&self.state.latency)
-        cdef int touched = guest_begin(self.state, offset, length, &ticket)
+        cdef int touched = guest_begin(self.state, offset, length, True, &ticket)
         cdef int code
         if touched < 0:
             return touched
@@ -179,7 +179,7 @@ cdef inline void guest_end(EngineState state, Ticket ticket, bint touched, int64
         latency_end(&state.latency, ticket.line - state.lines, LATENCY_PRESERVING if touched else LATENCY_SETTLED, began_ns)
 
 
-cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *ticket) noexcept nogil:
+cdef int guest_begin(EngineState state, int64_t offset, int64_t length, bint zeroing, Ticket *ticket) noexcept nogil:
     """Return when the write may go to the disk: counted in *TICKET, all of it settled. 1: there was something to preserve.
 
     Negative: refused by a policy, and not counted.
@@ -192,6 +192,7 @@ cdef int guest_begin(EngineState state, int64_t offset, int64_t length, Ticket *
         if started_ns == 0:
             started_ns = now_ns()
             waiter.queued = False
+            waiter.zeroing = zeroing
         geometry = ticket.epoch.geometry
         code = preserve(state, ticket, offset >> geometry.cluster_bits, cluster_end(geometry, offset, length), started_ns, &waiter)
         if code == GO_ON:
@@ -315,6 +316,7 @@ cdef int preserve_round(EngineState state, Ticket *ticket, int64_t first, int64_
         return give_up(state, snap, &copy, ticket, WHY_TIMEOUT, ETIMEDOUT, first << geometry.cluster_bits)
     if not make_leaves(&copy):
         return give_up(state, snap, &copy, ticket, WHY_MEMORY, 0, copy.items[0].cluster << geometry.cluster_bits)
+    copy.zeroing = waiter.zeroing
     copy.partial = load_relaxed(&snap.on_full) == WAIT_FOR_ROOM
     take_slots(state, epoch, &copy)
     code = copy_old(state, &copy, started_ns, ticket.line)
@@ -348,6 +350,7 @@ cdef int prepare(EngineState state, Epoch *epoch, Copy *copy, int64_t first, int
     copy.first = first
     copy.count = end - first
     copy.bounce = NULL
+    copy.zeroing = False
     copy.partial = False
     copy.left = 0
     if not is_current(state, epoch):                                    # R3
@@ -552,6 +555,8 @@ cdef void publish(Copy *copy) noexcept nogil:
         slots_enlist(store, slots, clusters, in_ram, True)
     add_relaxed(&snap.preserved, <uint64_t>(copy.items_count - copy.left))
     add_relaxed(&snap.preserved_zero, zeroes)
+    if copy.zeroing:
+        add_relaxed(&snap.preserved_zeroing, <uint64_t>(copy.items_count - copy.left))
     item = &copy.items[copy.items_count - 1]
     heat_note(copy.geometry, copy.items[0].cluster, item.cluster + 1 - copy.items[0].cluster)
 

@@ -14,6 +14,7 @@ cdef enum:
 # it needs, so that it does not lose its turn while it tries.
 cdef struct Waiter:
     bint queued
+    bint zeroing            # its guest request is a write-zeroes: for the counters
     const void *snap            # for room in whose store
     Waiter *next
 

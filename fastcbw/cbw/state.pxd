@@ -97,6 +97,7 @@ cdef struct Snap:
     uint64_t stall_ns[STALLS]
     uint64_t preserved          # clusters that were preserved for it, zero ones included (atomic counter)
     uint64_t preserved_zero
+    uint64_t preserved_zeroing  # of `preserved`, what a write-zeroes of the guest made necessary
     # copy-on-read, see cbw/keep
     bint copy_on_read           # reads of the snapshot leave what they read in RAM (constant)
     sparse_bits kept            # RAM words that reads left and no guest write was seen to change: what may be dropped (atomic)

@@ -30,6 +30,7 @@ cdef struct Copy:
     int items_count
     CopyItem items[ROUND_CLUSTERS]
     char *bounce                    # memory of the items without a slot
+    bint zeroing                    # a write-zeroes of the guest needs it, for the counters
     bint partial                    # on-full is `wait`: what finds no room is left, the others are done
     int left                        # items that found none
     int code                        # 0 or -errno

@@ -242,3 +242,12 @@ def test_forty_writes_wait_and_all_are_let_go_when_the_snapshot_ends(engine):
     for task in ready:
         task.result()
     assert engine.room_waiters == 0 and engine.device.read(0, 41 * K) == b"n" * 41 * K
+
+
+def test_what_is_preserved_is_counted_by_its_cause(engine):
+    view = engine.snapshot("s", ram=LENGTH, copy_on_read=True)
+    write(engine, 0, b"n", 2)
+    engine.device.write_zeroes(4 * K, 3 * K)
+    engine.device.discard(8 * K, K)         # recorded: copies nothing
+    assert view.read(12 * K, K) == b"o" * K
+    assert engine.report("s")["preserved_by"] == {"write": 2 * K, "write-zeroes": 3 * K, "copy-on-read": K}
