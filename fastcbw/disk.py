@@ -311,6 +311,13 @@ class Snapshot:
         """
         return _whole_map(self.device, offset, length)
 
+    def cache(self, offset: int = 0, length: int | None = None) -> None:
+        """Read a range (default: all) into the RAM tier, as far as slots are free that guest writes can spare; see docs/copy-on-read.md.
+
+        Raises ValueError for a range outside the disk, OSError when the disk fails, SnapshotBroken, NotInSnapshot.
+        """
+        self.device.cache(offset, length)
+
     def drop(self, offset: int = 0, length: int | None = None) -> int:
         """Drop from RAM what reads left there and the guest has not changed; return the bytes that it freed.
 

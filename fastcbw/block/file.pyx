@@ -35,6 +35,7 @@ cdef extern from "sysio.h" nogil:
     int fcbw_discard_sectors(int fd, int64_t offset, int64_t length) noexcept
     int fcbw_sector_bytes(int fd) noexcept
     bint fcbw_in_memory(int fd) noexcept
+    int fcbw_read_ahead(int fd, int64_t offset, int64_t length) noexcept
     int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, bint *hole, int64_t *data_end) noexcept
 
 _KINDS = [
@@ -129,6 +130,7 @@ cdef class FileDevice(BlockDevice):
         else:
             self.in_memory = fcbw_in_memory(self.fd)
         self.queueable = not self.in_memory     # a thread or the kernel would only take longer
+        self.can_cache = type(self) is FileDevice
         self.length = _os.lseek(self.fd, 0, _os.SEEK_END)
         if self.length == 0:
             _refuse(_errno.EINVAL, "is empty; an image has at least one byte", self.path)
@@ -305,6 +307,12 @@ cdef class FileDevice(BlockDevice):
         if code:
             store32_relaxed(&self.sync_errno, <uint32_t>(-code))
         return code
+
+    cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
+        """Have the page cache begin to read it; waits for nothing but a place in the disk's queue. Advisory, so no error."""
+        if self.can_cache and not self.in_memory:
+            fcbw_read_ahead(self.fd, offset, length)
+        return 0
 
     cdef bint queue_begin(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length,
                           uint32_t flags, KernelIo *io) noexcept nogil:

@@ -27,7 +27,7 @@ import os as _os
 from fastcbw.block.device import engine_number as _engine_number
 from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, ENGINE_THREADS, ENGINE_URING, IO_DISCARD, IO_READ, IO_SYNC,
                                    IO_WRITE, IO_ZERO, QUEUE_ENDED, QUEUE_METHOD, QUEUE_NEXT)
-from fastcbw.block.threads cimport SLOT_PIECES, THREADS_MAX, perform
+from fastcbw.block.threads cimport IO_CACHE, SLOT_PIECES, THREADS_MAX, perform
 from fastcbw.sync cimport now_ns, sleep_ns
 
 cdef extern from "<errno.h>" nogil:
@@ -194,7 +194,7 @@ cdef class IoQueue:
 
     cdef bint to_kernel(self, IoSlot *slot) noexcept nogil:
         """Put the request into the ring, if the device lets the kernel do it."""
-        if self.ring_lost:
+        if self.ring_lost or slot.operation == IO_CACHE:        # which is nothing of the kernel's
             return False
         slot.io.operation = slot.operation
         slot.io.vector = NULL

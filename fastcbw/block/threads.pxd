@@ -9,6 +9,7 @@ from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 cdef enum:
     THREADS_MAX = 32
     SLOT_PIECES = 16            # a longer vector is copied to the heap
+    IO_CACHE = 5                # cache_at, beside IO_* of device.pxd: only a queue knows it, no device is asked about it
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t

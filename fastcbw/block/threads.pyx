@@ -61,6 +61,8 @@ cdef int perform(IoSlot *slot) noexcept nogil:
         return (<BlockDevice>slot.device).pwritev(vector, slot.count - slot.first, slot.offset, slot.length, slot.flags)
     if slot.operation == IO_SYNC:
         return (<BlockDevice>slot.device).sync()
+    if slot.operation == IO_CACHE:
+        return (<BlockDevice>slot.device).cache_at(slot.offset, slot.length)
     if slot.operation == IO_DISCARD:
         return (<BlockDevice>slot.device).discard_at(slot.offset, slot.length, slot.flags)
     return (<BlockDevice>slot.device).write_zeroes_at(slot.offset, slot.length, slot.flags)

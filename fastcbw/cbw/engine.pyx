@@ -342,6 +342,11 @@ cdef class Engine:
         return self.flusher is None or self.flusher.is_idle
 
     @property
+    def kept_words(self):
+        """Clusters for which guest reads look in RAM, with changed ones that were not taken out yet; for tests."""
+        return load_seq(&self.state.kept)
+
+    @property
     def room_waiters(self):
         """Guest writes that wait for room."""
         return load_seq(&self.state.room.waiting)

@@ -17,7 +17,7 @@ cdef int64_t keep_step(const Snap *snap) noexcept nogil             # clusters o
 cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, int64_t want) noexcept nogil
 # After a guest write took slots: has the keeper drop some when few are left.
 cdef void keep_ask(EngineState state, const Snap *snap) noexcept nogil
-cdef void keep_trim(EngineState state, Snap *snap) noexcept nogil   # what it does then
+cdef void keep_trim(EngineState state, Snap *snap) noexcept nogil   # what it does then, after a sweep
 # Drops the unchanged RAM clusters of first..end, whatever brought them there; how many. Not counted, control lock held.
 cdef int64_t keep_drop_range(EngineState state, Snap *snap, int64_t first, int64_t end) noexcept nogil
 

@@ -24,8 +24,9 @@ Guest reads. Counted: the word, then `changed`, all after the request has come; 
 again, generation and all (the slot may have been dropped and filled with other data). At the look at `changed` no guest
 write had begun: that is the instant of the read.
 
-`kept` is a note at the word, for the search and the reports; it decides nothing. Bits of what was changed are taken out of it
-by the search, each once, so that finding something to drop costs what was kept since the last time.
+`kept` is a note at the word, for the search and the reports; it decides nothing. The guest's settled write does not touch it: what was
+changed is taken out by the search, each once, so that finding something to drop costs what was kept since the last time, and by a sweep
+of the keeper, which guest reads ask for when they look for kept clusters in vain: with nothing left they look no more.
 """
 
 from libc.errno cimport EAGAIN
@@ -60,6 +61,7 @@ cdef enum:
     SERVE_CLUSTERS = 256        # of a guest read, looked at while counted once
     SERVE_WORDS = 4             # of a bit for each
     DROP_TRIES = 4096           # clusters that one search for room looks at, at most
+    SWEEP_MISSES = 1024         # guest reads that found nothing kept, for one sweep
     TRIM_STEP = 64              # slots that the keeper frees while counted once
 
     # what became of one cluster that was to be dropped
@@ -275,10 +277,33 @@ cdef int drop_one(EngineState state, const Epoch *epoch, Snap *snap, int64_t clu
     return outcome
 
 
+cdef void take_changed(const Epoch *epoch, Snap *snap, int64_t w) noexcept nogil:
+    """Take what has changed out of word W of `kept`. The caller is counted in EPOCH."""
+    cdef uint64_t gone = kept_clear(snap, w, changed_since(epoch, snap, w))
+    if gone:
+        add_relaxed(&snap.spared, <uint64_t>popcount(gone & load_seq(snap.changed.words + w)))
+
+
+cdef void keep_sweep(EngineState state, Snap *snap) noexcept nogil:
+    cdef int64_t clusters = snap.geometry.clusters
+    cdef int64_t cluster = sparse_next_one(&snap.kept, 0, clusters)
+    cdef Ticket ticket
+    while cluster < clusters:
+        ticket = enter(state)
+        if ticket.epoch.geometry != snap.geometry or not in_need(ticket.epoch, snap):
+            leave(ticket)
+            break
+        take_changed(ticket.epoch, snap, cluster // 64)
+        leave(ticket)
+        cluster = (cluster // 64 + 1) * 64
+        if cluster < clusters:
+            cluster = sparse_next_one(&snap.kept, cluster, clusters)
+
+
 cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, int64_t want) noexcept nogil:
     cdef int64_t freed = 0
     cdef int64_t clusters, cluster, start, w
-    cdef uint64_t bits, gone, bit, word
+    cdef uint64_t bits, bit, word
     cdef int tries = 0, outcome
     cdef bint wrapped = False
     if load_relaxed(&snap.kept_count) == 0 or epoch.geometry != snap.geometry or not in_need(epoch, snap):
@@ -297,8 +322,7 @@ cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, i
             cluster = 0
             continue
         w = cluster // 64
-        gone = kept_clear(snap, w, changed_since(epoch, snap, w))
-        add_relaxed(&snap.spared, <uint64_t>popcount(gone & load_seq(snap.changed.words + w)))
+        take_changed(epoch, snap, w)
         bits = load_relaxed(snap.kept.words + w) & (~(<uint64_t>0) << (cluster % 64))
         while bits and freed < want:
             bit = bits & (~bits + 1)
@@ -330,6 +354,7 @@ cdef void keep_trim(EngineState state, Snap *snap) noexcept nogil:
     """Until the reserve is free again. In steps, so that nobody waits long for us to leave an epoch."""
     cdef Ticket ticket
     cdef int64_t missing, freed = 1
+    keep_sweep(state, snap)
     while freed:
         missing = slots_reserve(snap.store) - (snap.store.slots_limit - snap.store.slots_used)
         if missing <= 0:
@@ -362,6 +387,15 @@ cdef int64_t keep_drop_range(EngineState state, Snap *snap, int64_t first, int64
 
 
 # -- guest reads
+
+cdef uint64_t misses = 0        # guest reads that looked for kept clusters and found none, of all engines: a hint, as all it does is ask
+
+
+cdef inline void note_miss(EngineState state) noexcept nogil:
+    """Every so often have the keeper sweep: when the guest has changed all that was kept, its reads need not look any more."""
+    if add_relaxed(&misses, 1) % SWEEP_MISSES == SWEEP_MISSES - 1 and cas_seq(&state.trim_wanted, 0, 1):
+        wake_keeper(state)
+
 
 cdef int64_t serve(EngineState state, char *buffer, int64_t offset, int64_t end, int64_t first, int64_t count,
                    int bits, uint64_t *served) noexcept nogil:
@@ -402,6 +436,8 @@ cdef int64_t serve(EngineState state, char *buffer, int64_t offset, int64_t end,
         served[i // 64] |= (<uint64_t>1) << (i % 64)
         got += stop - begin
     leave(ticket)
+    if got == 0:
+        note_miss(state)
     return got
 
 
@@ -470,6 +506,8 @@ cdef bint keep_has(EngineState state, int64_t offset, int64_t length) noexcept n
                 found = True
                 break
     leave(ticket)
+    if not found:
+        note_miss(state)
     return found
 
 

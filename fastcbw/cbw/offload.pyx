@@ -49,11 +49,12 @@ cdef FileDevice plain_file(BlockDevice device):
 def offload_for(BlockDevice source, BlockDevice target, BlockDevice gate=None):
     """Return an Offload for a copy from SOURCE to TARGET, or None: a snapshot of one file into another, both in memory.
 
-    In memory is where it was measured to be faster; on a disk both ways wait for the device alike.
+    In memory is where it was measured to be faster; on a disk both ways wait for the device alike. With copy-on-read the data is
+    to pass through the snapshot's RAM, which the kernel's copy does not.
     """
     cdef Offload offload
     cdef FileDevice file = plain_file(target)
-    if file is None or not isinstance(source, SnapshotDevice):
+    if file is None or not isinstance(source, SnapshotDevice) or (<SnapshotDevice>source).snap.copy_on_read:
         return None
     disk = plain_file((<SnapshotDevice>source).state.child)
     if disk is None or not (file.in_memory and (<FileDevice>disk).in_memory):

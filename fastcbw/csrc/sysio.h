@@ -223,6 +223,22 @@ static inline int fcbw_in_memory(int fd)
     return (uint32_t)fs.f_type == 0x01021994u || (uint32_t)fs.f_type == 0x858458f6u;
 }
 
+/* Have the page cache begin to read a range; 0 or -errno of the first piece that was refused. In pieces, as the kernel takes no more of
+ * one call than the device's read-ahead. */
+static inline int fcbw_read_ahead(int fd, int64_t offset, int64_t length)
+{
+    int64_t piece = 128 << 10;
+    int code = 0;
+    while (length > 0 && code == 0) {
+        if (piece > length)
+            piece = length;
+        code = -posix_fadvise(fd, offset, piece, POSIX_FADV_WILLNEED);
+        offset += piece;
+        length -= piece;
+    }
+    return code;
+}
+
 /* The first extent of a range of a regular file: its length (1..LENGTH), *hole 1 or 0. What the file system does not
  * tell, or tells while it changes, is data. Past a shrunk file's end it is data too, so that a reader meets the error.
  * *data_end: where the data ends that begins at OFFSET, beyond the range as a rule; 0 where it is not known. */

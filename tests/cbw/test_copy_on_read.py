@@ -333,3 +333,29 @@ def test_breaking_a_snapshot_with_kept_clusters_gives_them_to_the_older_one(engi
     wait_until(lambda: engine.report("s1")["kept_clusters"])
     assert older.read(0, LENGTH) == b"".join(map(content, range(CLUSTERS)))
     assert engine.device.read(0, 4 * K) == b"n" * 2 * K + content(2) + content(3)
+
+
+def test_guest_reads_that_look_in_vain_have_what_was_changed_forgotten_and_look_no_more(engine, counted):
+    view = engine.snapshot("s", ram="1M", copy_on_read=True)
+    keep(engine, 0, 8)
+    engine.device.write(0, b"n" * 7 * K)
+    assert engine.kept_words == 8                       # a settled write does not look there
+    for _ in range(1024):
+        engine.device.read(30 * K, 1)
+    wait_until(lambda: engine.kept_words == 1)
+    facts = engine.report("s")
+    assert (facts["kept_clusters"], facts["copies_avoided"]) == (1, 7)
+    before = reads(counted)
+    assert engine.device.read(7 * K, K) == content(7) and reads(counted) == before      # still served
+    assert view.read(0, LENGTH) == b"".join(map(content, range(CLUSTERS)))
+
+
+def test_what_was_changed_spills_and_makes_room_for_further_reads(engine, shm_path):
+    view = engine.snapshot("s", ram=16 * K, spill=shm_path, spill_limit="1M", copy_on_read=True)
+    for round in range(4):
+        keep(engine, 14 * round, 14)
+        engine.device.write(14 * round * K, b"n" * 14 * K)
+        engine.device.write((56 + round) * K, b"n")     # above the high-water mark
+        wait_until(lambda: engine.flusher_idle)
+        assert engine.report("s")["ram_bytes"] <= 8 * K
+    assert view.read(0, LENGTH) == b"".join(map(content, range(CLUSTERS)))

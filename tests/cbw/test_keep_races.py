@@ -8,6 +8,7 @@ from test_copy_on_read import CLUSTERS, LENGTH, K, content, keep
 from test_copy_on_read import counted, disk, engine  # noqa: F401 - fixtures
 from test_invariants import Task, wait_for_flip
 
+from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.stops import Stops
 
 EVERYTHING = b"".join(map(content, range(CLUSTERS)))
@@ -49,6 +50,7 @@ def test_m_insert_looks_up_again_under_the_claim_new_data_of_the_guest_is_thrown
 
 def test_m_r3_insert_gives_up_when_its_epoch_has_passed(engine, stops):  # noqa: F811
     older = engine.snapshot("s1", ram="1M", copy_on_read=True)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
     with stops.hold("insert-claimed", 1) as stop:
         reader = Task(older.read, 3 * K, K)
         stop.wait_arrived()
@@ -64,6 +66,7 @@ def test_m_r3_insert_gives_up_when_its_epoch_has_passed(engine, stops):  # noqa:
 def test_m_insert_settles_the_bitmap_of_its_own_epoch_and_not_the_current_one(engine, stops):  # noqa: F811
     """A snapshot is taken after the last look at the epoch: the new one must still be preserved for."""
     older = engine.snapshot("s1", ram="1M", copy_on_read=True)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
     with stops.hold("insert-checked", 1) as stop:
         reader = Task(older.read, 3 * K, K)
         stop.wait_arrived()
@@ -98,6 +101,7 @@ def test_m_drop_and_a_guest_write_never_both_miss_each_other(engine, stops, plac
 def test_m_r3_a_write_whose_epoch_has_passed_does_not_preserve_or_write_in_it(engine, stops):  # noqa: F811
     """A reader leaves the cluster in the new snapshot's RAM meanwhile: unmarked there, it would be served to the guest for ever."""
     older = engine.snapshot("s1", ram="1M", copy_on_read=True, cbw_timeout=60_000)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
     with stops.hold("write-entered", 1) as stop:
         writer = Task(write, engine, 3, b"n")
         stop.wait_arrived()
@@ -143,3 +147,48 @@ def test_m_a_slot_that_came_back_to_its_cluster_is_no_proof(engine, stops, who):
     swap_slot(engine, 9, 3)
     copied.open()
     assert reader.result() == content(3)
+
+
+def fill(reader):
+    """Leave one slot of sixteen to reads, and two to first touches."""
+    assert reader.read(0, 13 * K) == EVERYTHING[: 13 * K]
+
+
+def test_m_r3_drop_gives_up_when_its_epoch_has_passed(engine, stops):  # noqa: F811
+    """A first touch that lacks a slot is about to drop something when a snapshot is flipped in: its chain lacks the marks from then on."""
+    older = engine.snapshot("s1", ram=16 * K, spill=MemoryDevice(LENGTH * 16), copy_on_read=True, cbw_timeout=60_000)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
+    fill(older)
+    older.read(13 * K, K)
+    with stops.hold("drop-entered", 1) as entered:
+        writer = Task(write, engine, 40, b"n", 3)
+        entered.wait_arrived()
+        creation = Task(engine.snapshot, "s2", ram="1M", cbw_timeout=60_000)
+        wait_for_flip(engine)
+        with stops.hold("drop-claimed"):
+            entered.open()
+            writer.result()             # it did not come to where a drop goes on
+    creation.result()
+    assert older.read(0, LENGTH) == EVERYTHING
+    assert engine.device.read(39 * K, 5 * K) == content(39) + b"n" * 3 * K + content(43)
+
+
+def test_m_drop_gives_up_while_a_creation_drains(engine, stops):  # noqa: F811
+    """Writes of the epoch before still go by their own `settled`, which a drop does not clear."""
+    older = engine.snapshot("s1", ram="1M", copy_on_read=True, cbw_timeout=60_000)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
+    with stops.hold("insert-claimed", 1) as old_epoch:
+        reader = Task(older.read, 50 * K, K)
+        old_epoch.wait_arrived()
+        creation = Task(engine.snapshot, "s2", ram=16 * K, spill=MemoryDevice(LENGTH * 16), cbw_timeout=60_000)
+        wait_for_flip(engine)
+        fill(older)                     # into the new one, which needs it
+        older.read(13 * K, K)
+        with stops.hold("drop-claimed"):
+            write(engine, 40, b"n", 3)
+        assert creation.is_alive()
+    newer = creation.result()
+    assert reader.result() == content(50)
+    assert older.read(0, LENGTH) == EVERYTHING
+    assert newer.read(0, 40 * K) == EVERYTHING[: 40 * K] and newer.read(43 * K, 20 * K) == EVERYTHING[43 * K : 63 * K]
+    assert engine.report("s2")["disk_bytes"] >= K       # the third of the write found no slot

@@ -40,6 +40,20 @@ def test_limits_and_policies_of_a_snapshot_are_changed_while_it_lives(served, ru
     assert (done.returncode, "has no disk tier" in done.stderr) == (1, True)
 
 
+def test_what_reads_left_in_ram_is_dropped_by_command(served, run, tmp_path):
+    qmp = {"FASTCBW_QMP": "nbd.qmp"}
+    run("snapshot", "create", "--name", "s", "--ram", "4M", "--copy-on-read", "--cluster-size", "4K", "vm", **qmp)
+    with Client(tmp_path / "nbd", "vm") as guest, Client(tmp_path / "nbd", "vm@s") as reader:
+        guest.write(0, b"o" * 8192)
+        reader.read(0, 65536)
+        (status,) = json.loads(run("snapshot", "list", "--json", **qmp).stdout)
+        kept = status["status"]["kept_bytes"]
+        assert json.loads(run("snapshot", "drop", "--name", "s", "--json", "vm", **qmp).stdout) == [{"disk": "vm", "dropped": kept}]
+    assert run("snapshot", "drop", "--name", "s", "vm", **qmp).stdout == "vm@s: 0B dropped\n"
+    done = run("snapshot", "drop", "--name", "t", "vm", **qmp)
+    assert (done.returncode, "vm@t" in done.stderr) == (1, True)
+
+
 def test_a_backup_of_a_disk_of_a_daemon_leaves_no_snapshot_behind(served, run, image, tmp_path):
     assert run("backup", "vm", "out.img", FASTCBW_QMP="nbd.qmp").returncode == 0
     assert (tmp_path / "out.img").read_bytes() == image.read_bytes()

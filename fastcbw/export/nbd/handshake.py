@@ -41,6 +41,7 @@ class Offered(Protocol):
     length: int
     read_only: bool
     drops: str | None
+    can_cache: bool
     contexts: Mapping[str, MetaContext]
 
 
@@ -55,13 +56,15 @@ class Negotiated:
 
 def export_flags(export: Offered, structured: bool) -> int:
     """Return the transmission flags of EXPORT: each of them works."""
-    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE
+    flags = c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_CAN_MULTI_CONN
     if export.read_only:
         flags |= c.FLAG_READ_ONLY
     elif export.drops is not None:
         flags |= c.FLAG_SEND_TRIM
     else:
         flags |= c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES | c.FLAG_SEND_FAST_ZERO
+    if export.can_cache:
+        flags |= c.FLAG_SEND_CACHE
     if structured:
         flags |= c.FLAG_SEND_DF
     return flags

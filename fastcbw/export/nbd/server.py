@@ -61,6 +61,7 @@ class Export:
         self.length: int = device.length
         self.read_only: bool = read_only
         self.drops: str | None = drops
+        self.can_cache: bool = device.can_cache
         self.description: str = description
         self.background: bool = background
         self._contexts = contexts

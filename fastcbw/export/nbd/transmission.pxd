@@ -59,4 +59,5 @@ cdef class Connection(Reads):
     cdef void end_large(self) noexcept nogil
     cdef void complete_large(self, Flight *large) noexcept nogil
     cdef int operate(self, const Request *request, int operation, uint32_t flags) noexcept nogil
+    cdef int cache(self, const Request *request) noexcept nogil
     cdef void dispatch(self, const Request *request) noexcept nogil

@@ -24,6 +24,7 @@ from libc.string cimport memcpy, memmove, strerror
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, FAST_ONLY, FUA, IO_DISCARD, IO_SYNC, IO_WRITE, IO_ZERO, MAY_UNMAP)
 from fastcbw.block.sys cimport iovec
+from fastcbw.block.threads cimport IO_CACHE
 from fastcbw.export.nbd.answers cimport RECEIVES, REQUESTS, count
 from fastcbw.export.nbd.contexts cimport MetaContext
 from fastcbw.export.nbd.flights cimport (FLIGHT_PLAIN, FLIGHT_READ, FLIGHT_READ_PIECES, FLIGHT_WRITE_LARGE, FLIGHT_WRITE_PIECE,
@@ -415,7 +416,7 @@ cdef class Connection(Reads):
             elif request.length == 0:
                 code = 0
             elif request.kind == CMD_CACHE:
-                code = self.device.cache_at(request.offset, request.length)
+                code = self.cache(request)
             elif request.kind == CMD_TRIM:
                 code = self.operate(request, IO_DISCARD, flags)
             else:
@@ -437,3 +438,12 @@ cdef class Connection(Reads):
         if operation == IO_DISCARD:
             return self.device.discard_at(request.offset, request.length, flags)
         return self.device.write_zeroes_at(request.offset, request.length, flags)
+
+    cdef int cache(self, const Request *request) noexcept nogil:
+        """0 or -errno, or UNDER_WAY. It reads as much as it was asked to: never in this thread where another can do it."""
+        if not self.device.can_cache:
+            return 0
+        if self.flights is not None and self.device.queueable:
+            self.flights.submit(self.flights.begin(request, FLIGHT_PLAIN), IO_CACHE, 0)
+            return UNDER_WAY
+        return self.device.cache_at(request.offset, request.length)

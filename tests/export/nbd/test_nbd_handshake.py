@@ -41,7 +41,7 @@ def test_go_announces_length_flags_name_description_and_block_sizes(path, server
         assert struct.unpack(">III", client.info[c.INFO_BLOCK_SIZE]) == (1, 4096, 32 << 20)
         assert client.flags == (
             c.FLAG_HAS_FLAGS | c.FLAG_SEND_FLUSH | c.FLAG_SEND_FUA | c.FLAG_SEND_TRIM | c.FLAG_SEND_WRITE_ZEROES
-            | c.FLAG_SEND_DF | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_CACHE | c.FLAG_SEND_FAST_ZERO)
+            | c.FLAG_SEND_DF | c.FLAG_CAN_MULTI_CONN | c.FLAG_SEND_FAST_ZERO)
 
 
 def test_a_read_only_export_offers_nothing_that_writes(path, server, disk):
