@@ -371,6 +371,7 @@ cdef void snap_unref(Snap *snap) noexcept nogil:
 cdef void snap_free(Snap *snap) noexcept nogil:
     cdef int64_t size = bitmap_bytes(snap.geometry.clusters)
     map_free(&snap.map)
+    map_free(&snap.parts)
     unmap_bits(&snap.not_copy)
     unmap_bits(&snap.within)
     unmap_bits(&snap.changed)
