@@ -174,3 +174,15 @@ def test_copy_out_64m_to_a_new_file(beside, full):
         source.close()
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "others", "these"])
+def test_guest_read_of_4k_while_something_is_kept(beside, engine, kept):
+    """What the look at kept clusters costs a guest read: of none, of other clusters (searched in vain), of these (from RAM)."""
+    child = filled(MIB)
+    view = engine.snapshot("s", ram="16M", cluster_size="4K")
+    if kept != "nothing":
+        view.cache(MIB if kept == "others" else 8192, 64 * 4096)
+    ours, theirs = bytearray(4096), bytearray(4096)
+    beside(lambda: engine.device.readinto(8192, ours), {"the bare device": lambda: child.readinto(8192, theirs)}, bytes=4096)
+    assert ours == theirs and (engine.counters()["ram_reads"] > 0) == (kept == "these")
