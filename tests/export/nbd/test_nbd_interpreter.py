@@ -68,5 +68,5 @@ def test_the_lock_is_really_kept_a_device_in_python_serves_nothing_meanwhile(pat
 
     export = server.add_export("disk", PythonDevice(Zeroes()))
     served, done, slowest = run_guest_while_the_lock_is_kept(path, export)
-    assert served <= 100
+    assert served < 1000        # on a busy machine the lock changes hands some times before it is kept; without it: thousands, as above
     assert slowest > HOLD_SECONDS / 2
