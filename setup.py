@@ -125,10 +125,11 @@ def extensions():
         )
         for name in EXTENSIONS
     ]
-    return cythonize(table, compiler_directives=DIRECTIVES)
+    return cythonize(table, compiler_directives=DIRECTIVES, nthreads=os.cpu_count())
 
 
 setup(
+    options={"build_ext": {"parallel": True}},      # as many compilers as processors
     packages=find_packages(include=["fastcbw", "fastcbw.*"]),
     package_data={"": ["*.pxd", "*.pyx", "*.pyi", "*.h", "py.typed"]},
     ext_modules=extensions(),
