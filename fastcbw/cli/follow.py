@@ -73,7 +73,9 @@ def follow(job, interrupts: Interrupts, *, json: bool) -> int:
     elif not json:
         size = job.result.get("bytes", job.progress["total"])
         verified = ", verified," if job.result.get("verified") else ""
-        print(f"{format_size(size)}{verified} in {time.monotonic() - started:.1f} s")
+        copied = job.result.get("data_bytes")
+        of = f"{format_size(copied)} copied of {format_size(size)}" if copied is not None else format_size(size)
+        print(f"{of}{verified} in {time.monotonic() - started:.1f} s")
     return code
 
 

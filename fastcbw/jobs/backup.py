@@ -18,7 +18,7 @@ from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.increment import IncrementTarget
 from fastcbw.jobs.job import RUNNING, Job
 from fastcbw.jobs.pacing import TICK_S, Governor, check_guest_p99, check_in_flight, check_rate, check_workers, make_pace
-from fastcbw.jobs.target import Target
+from fastcbw.jobs.target import Target, is_in_place
 
 # Named in INTERFACE, not built yet.
 _LATER = ("resume", "format", "backing")
@@ -71,7 +71,7 @@ class BackupJob(Job):
         self.guest_p99 = check_guest_p99(guest_p99, source)
         self.verify = verify
         self.consume = consume
-        _check_whole(source, verify, consume)
+        _check_whole(source, target, verify, consume)
         self.source = source
         self.order = order
         self.phase = "copy"
@@ -208,10 +208,15 @@ class BackupJob(Job):
         return {"done": done, "total": total, "bytes_per_s": int(done / elapsed) if elapsed else 0}
 
 
-def _check_whole(source: BlockDevice, verify: bool, consume: bool) -> None:
+def _check_whole(source: BlockDevice, target: str | os.PathLike | BlockDevice, verify: bool, consume: bool) -> None:
     if consume and verify:
         raise ValueError("consume: not with verify (what has been consumed cannot be compared)")
     if consume and not isinstance(source, SnapshotDevice):
         raise ValueError(f"consume: {source.name} is no snapshot")
-    if not consume and getattr(source, "discarded", 0):
+    if not getattr(source, "discarded", 0):
+        return
+    if not consume:
         raise ValueError(f"{source.name}: parts of the snapshot were discarded, a backup would lack them (consume copies what is left)")
+    if not is_in_place(target):
+        raise ValueError(f"{source.name}: parts of the snapshot were discarded, and {os.fsdecode(target)} would be a new file without them "
+                         "(what is left can complete the device or export that the rest went to)")

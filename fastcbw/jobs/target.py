@@ -206,3 +206,10 @@ class Target:
     def _close(self) -> None:
         if self._owned:
             self.device.close()
+
+
+def is_in_place(target: str | os.PathLike | BlockDevice) -> bool:
+    """Whether TARGET is written where it is: a device object, an NBD export, a block device; not a file, which is made anew."""
+    if isinstance(target, BlockDevice) or is_nbd_uri(os.fsdecode(target)):
+        return True
+    return os.path.exists(target) and stat.S_ISBLK(os.stat(target).st_mode)

@@ -56,6 +56,18 @@ def test_the_guest_pays_nothing_behind_the_job_and_the_rest_stays_after_a_failur
     assert snap.status()["ram_bytes"] == 0
 
 
+def test_a_snapshot_that_was_consumed_makes_no_new_file_and_replaces_none(disk, tmp_path):
+    """The second job has nothing left: a file of its own would be holes, under a name that says complete."""
+    snap = disk.snapshot("s")
+    snap.backup(tmp_path / "b.img", consume=True).wait(60)
+    for target, force in ((tmp_path / "b.img", True), (tmp_path / "c.img", False)):
+        with pytest.raises(ValueError, match="parts of the snapshot were discarded, and .* would be a new file without them"):
+            snap.backup(target, consume=True, force=force)
+    assert (tmp_path / "b.img").read_bytes() == disk.old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.img"]
+    snap.close()
+
+
 def test_a_job_is_refused_where_somebody_else_would_lose_data(disk, tmp_path):
     snap = disk.snapshot("s")
     target = DelayDevice(MemoryDevice(LENGTH, name="target"))
