@@ -67,7 +67,7 @@ def run_list(arguments: argparse.Namespace) -> int:
         if arguments.disk not in disks:
             from fastcbw.errors import Error
 
-            raise Error(f"disk {arguments.disk!r}: not found (disks there: {', '.join(disks) or 'none'})")
+            raise Error(f"disk {arguments.disk!r}: not found (disks here: {', '.join(disks) or 'none'})")
         disks = {arguments.disk: disks[arguments.disk]}
     if arguments.json:
         print_json([{"disk": name, **found} for name, disk in disks.items() for found in disk["bitmaps"]])
