@@ -251,7 +251,7 @@ class QueueGuest(Guest):
                             queue.submit_write_from(self.device, first * SECTOR, data, cookie)
                         else:
                             for i in range(count):
-                                self.zeroed[first + i].add(int(version[i]))
+                                self.zeroed[first + i].append(int(version[i]))
                             # A discarded sector may go on as it was: such a version is zeroes, and is never acknowledged (see Guest).
                             submit = queue.submit_zeroes if kind < 0.9 else queue.submit_discards
                             submit(self.device, first * SECTOR, count * SECTOR, cookie)
