@@ -183,17 +183,19 @@ def test_take_reads_and_drops(engine):
 
 
 def test_overlapping_takes_deliver_each_byte_at_least_once(engine, disk):
-    """Both have begun before either has ended: both deliver; a third gets an error."""
+    """Both have begun before either has ended: whoever ends first delivers; the other does too, or dropped nothing. A third gets an error."""
     view = engine.snapshot("s")
     with disk.hold("read", 5 * K, K, after=True) as gate:
-        takes = [Task(view.take, 4 * K, 2 * K), Task(view.take, 5 * K, 2 * K)]
+        takes = {4: Task(view.take, 4 * K, 2 * K), 5: Task(view.take, 5 * K, 2 * K)}
         gate.wait_arrived(2)
-    assert takes[0].result() == b"o" * 2 * K
-    try:
-        assert takes[1].result() == b"o" * 2 * K
-    except NotInSnapshot:
-        view.read(6 * K, K)                         # it dropped nothing
-    assert gone(view, 5 * K, K)
+    delivered = 0
+    for first, take in takes.items():
+        try:
+            assert take.result() == b"o" * 2 * K
+            delivered += 1
+        except NotInSnapshot:
+            assert view.read((4 if first == 4 else 6) * K, K) == b"o" * K       # it dropped nothing
+    assert delivered >= 1 and gone(view, 5 * K, K)
 
 
 # -- [M] rules
