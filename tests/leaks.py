@@ -14,5 +14,7 @@ def nothing_left_behind():
     descriptors, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
     yield
     gc.collect()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(10)         # on a busy machine one that ends may need a moment; one that stays is a leak
     assert set(threading.enumerate()) <= threads
     assert len(os.listdir("/proc/self/fd")) <= descriptors
