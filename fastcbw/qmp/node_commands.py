@@ -27,7 +27,7 @@ def _fixed(given: dict[str, Any], fixed: dict[str, Any]) -> None:
 
 def _query_nodes(daemon: Daemon, flat: bool = False) -> list:
     with daemon.changing():
-        return daemon.nodes.describe_all(flat)
+        return daemon.nodes.describe_all()
 
 
 def _graph(daemon: Daemon) -> list:

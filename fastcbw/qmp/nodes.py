@@ -62,7 +62,7 @@ class Nodes:
     def remove(self, name: str) -> None:
         self.graph.remove(name)
 
-    def describe_all(self, flat: bool) -> list[dict[str, Any]]:
+    def describe_all(self) -> list[dict[str, Any]]:
         """Return the members of query-named-block-nodes that have a meaning here."""
         described = []
         for node in self.graph.nodes.values():
@@ -168,7 +168,7 @@ class Nodes:
 
     def prepare_backup(self, device: str, target: str, sync: str, *, job_id: str | None = None, speed: int = 0,
                        auto_dismiss: bool = True, auto_finalize: bool = True, **options: Any) -> Backup:
-        """Check a blockdev-backup and reserve its id; start_backups() begins it, give_up() forgets it."""
+        """Check a blockdev-backup and reserve its id; start_backups() begins it."""
         source, destination = self.graph.find(device), self.graph.find(target)
         bitmap = options.pop("bitmap", None)
         mode = check_sync(sync, bitmap, options.pop("bitmap_mode", None))
@@ -193,10 +193,6 @@ class Nodes:
         if bitmap is not None:
             backup.bitmap = {"bitmap": bitmap, "bitmap_for": f"job '{id}'" if mode == "on-success" else None}
         return backup
-
-    def give_up(self, backup: Backup) -> None:
-        self.daemon.jobs.give_back(backup.id)
-        self.graph.detach(backup.user)
 
     def start_backups(self, backups: list[Backup]) -> None:
         """Begin all of BACKUPS, those of live disks at one instant; or none, and an error."""

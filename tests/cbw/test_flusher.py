@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from engine_disks import wait_until
-from test_invariants import K, LENGTH, Task, disk, engine, faults, read, wait_for_flip, write  # noqa: F401 - fixtures too
+from test_invariants import K, LENGTH, Task, read, wait_for_flip, write
 
 from fastcbw.block.delay import DelayDevice
 from fastcbw.block.fault import FaultDevice

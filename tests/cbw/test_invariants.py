@@ -10,7 +10,6 @@ import pytest
 from engine_disks import Task, wait_until
 
 from fastcbw.block.delay import DelayDevice
-from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.engine import Engine, take_snapshots
 from fastcbw.cbw.options import SnapshotOptions
@@ -19,26 +18,6 @@ from fastcbw.errors import SnapshotBroken
 K = 4096
 CLUSTERS = 64
 LENGTH = CLUSTERS * K
-
-
-@pytest.fixture
-def faults():
-    device = FaultDevice(MemoryDevice(LENGTH))
-    device.write(0, b"o" * LENGTH)
-    return device
-
-
-@pytest.fixture
-def disk(faults):
-    return DelayDevice(faults)
-
-
-@pytest.fixture
-def engine(disk):
-    engine = Engine(disk)
-    yield engine
-    disk.open_all()
-    engine.close()
 
 
 def write(engine, cluster, byte, count=1):

@@ -5,7 +5,7 @@ What has no I/O in it is held at a stop (cbw/stops), the rest at a gate of the d
 
 import pytest
 from test_copy_on_read import CLUSTERS, LENGTH, K, content, keep
-from test_copy_on_read import counted, disk, engine  # noqa: F401 - fixtures
+from test_copy_on_read import counted, disk  # noqa: F401 - fixtures
 from test_invariants import Task, wait_for_flip
 
 from fastcbw.block.memory import MemoryDevice

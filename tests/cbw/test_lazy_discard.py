@@ -9,8 +9,6 @@ import threading
 import pytest
 from engine_disks import Task, wait_until
 
-from fastcbw.block.delay import DelayDevice
-from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.python import Device, PythonDevice
 from fastcbw.cbw.engine import Engine, take_snapshots
@@ -19,26 +17,6 @@ from fastcbw.cbw.options import SnapshotOptions
 K = 4096
 CLUSTERS = 300
 LENGTH = CLUSTERS * K - 1000        # the last cluster is a part of one
-
-
-@pytest.fixture
-def faults():
-    device = FaultDevice(MemoryDevice(LENGTH))
-    device.write(0, b"o" * LENGTH)
-    return device
-
-
-@pytest.fixture
-def disk(faults):
-    return DelayDevice(faults)
-
-
-@pytest.fixture
-def engine(disk):
-    engine = Engine(disk)
-    yield engine
-    disk.open_all()
-    engine.close()
 
 
 def old(cluster, count=1):

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 from engine_disks import wait_until
-from test_invariants import K, LENGTH, Task, disk, engine, faults, read, write  # noqa: F401 - fixtures too
+from test_invariants import K, LENGTH, Task, read, write
 
 OLD = b"o" * LENGTH
 

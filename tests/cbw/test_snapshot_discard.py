@@ -5,9 +5,6 @@ import threading
 import pytest
 from engine_disks import Task, wait_until
 
-from fastcbw.block.delay import DelayDevice
-from fastcbw.block.fault import FaultDevice
-from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.engine import Engine
 from fastcbw.errors import NotInSnapshot, SnapshotBroken
 
@@ -15,26 +12,6 @@ K = 4096
 CLUSTERS = 200
 LENGTH = CLUSTERS * K - 1000
 ABSENT = 4
-
-
-@pytest.fixture
-def faults():
-    device = FaultDevice(MemoryDevice(LENGTH))
-    device.write(0, b"o" * LENGTH)
-    return device
-
-
-@pytest.fixture
-def disk(faults):
-    return DelayDevice(faults)
-
-
-@pytest.fixture
-def engine(disk):
-    engine = Engine(disk)
-    yield engine
-    disk.open_all()
-    engine.close()
 
 
 def write(engine, cluster, byte=b"n", count=1):
