@@ -18,5 +18,6 @@ cdef extern from "sync.h" nogil:
     int cond_wait_until "fcbw_cond_wait_until"(pthread_cond_t *cond, pthread_mutex_t *mutex, int64_t deadline_ns) noexcept
     int64_t now_ns "fcbw_now_ns"() noexcept
     void sleep_ns "fcbw_sleep_ns"(int64_t ns) noexcept
+    void waits "fcbw_waits"() noexcept
     int run_in_background "fcbw_run_in_background"() noexcept
     void give_way "fcbw_give_way"() noexcept

@@ -420,9 +420,11 @@ cdef class Engine:
         with nogil:
             left = lazy_carry_out(self.state) != 0
         with self.control:
-            if self.closed:
-                return False
-            return not end_lingering(self.state) or left
+            if not self.closed:
+                with nogil:
+                    left = not end_lingering(self.state) or left    # it waits for guest writes to end
+                return left
+        return False
 
     def _end_broken(self):
         """Free what broken snapshots hold; they stay listed, with their reason, until they are deleted."""

@@ -32,7 +32,8 @@ from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq,
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq, bits_next_zero
 from fastcbw.kernels.sparse cimport sparse_bits, sparse_mark, sparse_next_one, sparse_test, summary_bits
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy,
-                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, now_ns, sleep_ns)
+                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, now_ns, sleep_ns,
+                           waits)
 
 cdef extern from "threads.h" nogil:
     int thread_slot "fcbw_thread_slot"() noexcept
@@ -183,6 +184,7 @@ cdef void drain(EngineState state, int index) noexcept nogil:
     """Wait until nobody is counted at INDEX. Operations there wait for device I/O only, so this ends when they do."""
     cdef int i
     cdef int64_t pause = POLL_NS_MIN
+    waits()
     for i in range(LINES):
         while load_seq(&state.lines[i].inflight[index]) != 0:
             sleep_ns(pause)

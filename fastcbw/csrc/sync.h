@@ -16,6 +16,16 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "check.h"
+
+/* What waits for other threads may not hold the interpreter: a device written in Python could not end what is waited for. */
+static inline void fcbw_waits(void)
+{
+#ifdef Py_PYTHON_H
+    fcbw_check(!PyGILState_Check(), "a thread that holds the interpreter waits for others");
+#endif
+}
+
 static inline int64_t fcbw_now_ns(void)
 {
     struct timespec now;
@@ -25,6 +35,7 @@ static inline int64_t fcbw_now_ns(void)
 
 static inline void fcbw_sleep_ns(int64_t ns)
 {
+    fcbw_waits();
     struct timespec pause = { ns / 1000000000, ns % 1000000000 };
     nanosleep(&pause, NULL);
 }

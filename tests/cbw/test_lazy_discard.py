@@ -5,6 +5,7 @@ A device here reads zeroes where it was discarded, so that one sees on the disk 
 
 import errno
 import threading
+import time
 
 import pytest
 from engine_disks import Task, wait_until
@@ -392,4 +393,47 @@ def test_writers_and_discards_of_the_same_clusters_lose_no_write(disk, faults):
     for cluster in range(CLUSTERS - 1):
         last = bytes([turns[cluster % 4] % 255 + 1]) * K if cluster % 3 else bytes(K)
         assert below(faults, cluster) == last, cluster
+    engine.close()
+
+
+class Gated(Device):
+    """A disk written in Python whose discards and writes wait to be let through, each kind by its own gate."""
+
+    length = 64 * K
+
+    def __init__(self):
+        self.gates = {"discard": threading.Event(), "write": threading.Event()}
+        self.came = {"discard": threading.Event(), "write": threading.Event()}
+
+    def read(self, offset, length):
+        return bytes(length)
+
+    def write(self, offset, data):
+        self.pass_gate("write")
+
+    def discard(self, offset, length):
+        self.pass_gate("discard")
+
+    def pass_gate(self, kind):
+        self.came[kind].set()
+        assert self.gates[kind].wait(20)
+
+
+def test_the_keeper_waits_for_guest_writes_without_holding_the_interpreter():
+    """What it waits for may be a write of a device in Python, which could never end."""
+    disk = Gated()
+    engine = Engine(PythonDevice(disk))
+    engine.snapshot("s")
+    engine.device.discard(0, 8 * K)
+    engine.delete("s")                                              # the keeper carries the discard out
+    assert disk.came["discard"].wait(20)
+    write = Task(engine.device.write, 32 * K, b"n" * K)             # counted in the epoch that the keeper is to end
+    assert disk.came["write"].wait(20)
+    disk.gates["discard"].set()
+    wait_until(lambda: lazy(engine) == 0)
+    time.sleep(0.05)                                                # the keeper comes to its wait
+    disk.gates["write"].set()
+    write.result()
+    engine.finish_discards()
+    assert engine.cluster_size is None
     engine.close()
