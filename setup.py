@@ -53,6 +53,7 @@ EXTENSIONS = [
     "fastcbw.cbw.reader",
     "fastcbw.cbw.dirty",
     "fastcbw.cbw.pace",
+    "fastcbw.cbw.notifier",
     "fastcbw.cbw.offload",
     "fastcbw.cbw.kinds",
     "fastcbw.cbw.heat",
