@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy
 from numpy.typing import NDArray
 
+from fastcbw.bitmaps.dirty import DirtyWords
 from fastcbw.block.device import BlockDevice
 from fastcbw.block.image import as_device
 from fastcbw.block.nbd import NbdDevice
@@ -248,6 +249,7 @@ class Snapshot:
         self.length = device.length
         self._holds = 0
         self._handed: str | None = None     # a bitmap that is this snapshot's until it is given back
+        self._settles = True                # a job that succeeds gives it back; else whoever took the snapshot does
         self._closed = False
         self._exported_by: Server | None = None
         self._lock = threading.Lock()
@@ -285,16 +287,27 @@ class Snapshot:
     def _end_job(self, job: BackupJob) -> None:
         if job.consume:
             self.disk._engine.consumer_end(self.device)
-        if job.result:
+        if job.result and self._settles:
             self._give_back(success=True)
         self.release()
 
-    def _give_back(self, *, success: bool) -> None:
-        """A bitmap that was handed to this snapshot is what changed since once its content is in a backup, else all of it again."""
+    def _give_back(self, *, success: bool, unless: BackupJob | None = None) -> None:
+        """A bitmap that was handed to this snapshot is what changed since once its content is in a backup, else all of it again.
+
+        unless: a job that tracks: what that has not copied instead of all of it.
+        """
         with self._lock:
             handed, self._handed = self._handed, None
-        if handed is not None:
-            self.disk._engine.bitmaps.give_back(handed, success)
+        if handed is None:
+            return
+        left = None
+        if unless is not None and not success:
+            wanted = self.device.bitmap
+            if wanted is None:
+                wanted = DirtyWords(self.length, self.disk.bitmaps[handed].granularity)
+                wanted.mark(0, self.length)
+            left = unless.left(wanted)
+        self.disk._engine.bitmaps.give_back(handed, success, left)
 
     def order(self, policy: str = ORDER_DEFAULT, *, chunk: int | str = "256K") -> Iterator[NDArray[numpy.void]]:
         """Return an iterator over the snapshot in the copy order POLICY, as structured arrays: offset, length (bytes), class.
@@ -430,13 +443,16 @@ class Group:
     def __init__(self, disks: Sequence[Disk]) -> None:
         self.disks = tuple(disks)
 
-    def snapshot(self, name: str, **options: Any) -> SnapshotGroup:
+    def snapshot(self, name: str, *, each: Sequence[Mapping[str, Any]] | None = None, **options: Any) -> SnapshotGroup:
         """Take the snapshot NAME of every disk at one instant: all, or none and an error. Options as Disk.snapshot.
 
         New guest writes are held, on all the disks, for the few memory stores of the instant, so that writes that
         depend on each other across disks keep their order in the snapshots. The limits (ram, spill_limit) are per disk.
+        each: options of the disks one by one, in their order, above those of all: `each=[{"bitmap": "a0"}, {"bitmap": "b0"}]`.
         """
-        return SnapshotGroup(_take(self.disks, name, options))
+        if each is not None and len(each) != len(self.disks):
+            raise ValueError(f"each: options of {len(each)} disks for a group of {len(self.disks)}")
+        return SnapshotGroup(_take(self.disks, name, options, each))
 
 
 class SnapshotGroup(tuple):
@@ -465,13 +481,13 @@ def group(disks: Sequence[Disk]) -> Group:
     return Group(disks)
 
 
-def _take(disks: Sequence[Disk], name: str, options: dict[str, Any]) -> list[Snapshot]:
-    parsed = SnapshotOptions.parse(**options)
+def _take(disks: Sequence[Disk], name: str, options: Mapping[str, Any], each: Sequence[Mapping[str, Any]] | None = None) -> list[Snapshot]:
+    parsed = [SnapshotOptions.parse(**{**options, **own}) for own in each or [{}] * len(disks)]
     devices = take_snapshots([disk._engine for disk in disks], name, parsed)
     taken = []
-    for disk, device in zip(disks, devices):
+    for disk, device, own in zip(disks, devices, parsed):
         snapshot = Snapshot(disk, name, device)
-        snapshot._handed = parsed.bitmap if parsed.bitmap_for is not None else None
+        snapshot._handed = own.bitmap if own.bitmap_for is not None else None
         disk.snapshots[name] = snapshot
         taken.append(snapshot)
     for snapshot in taken:

@@ -156,6 +156,25 @@ cdef class DirtyWords:
         with nogil:
             dirty_convert(&self.words.bits, self.words.shift, &source.words.bits, source.words.shift)
 
+    def without(self, DirtyWords done not None):
+        """Return a bitmap of this granularity that marks what this one marks and DONE does not, rounded outwards."""
+        cdef DirtyWords left = DirtyWords(self.words.length, self.granularity)
+        cdef int64_t at = 0, end, got
+        cdef bint found
+        if done.words.length != self.words.length:
+            raise ValueError(f"dirty bitmap: {done.words.length} bytes do not match the bitmap's {self.words.length}")
+        with nogil:
+            while at < self.words.length:
+                end = at + dirty_extent(self.words, NULL, at, self.words.length - at, &found)
+                while found and at < end:
+                    got = dirty_extent(done.words, NULL, at, end - at, &found)
+                    if not found:
+                        dirty_mark(left.words, at, got)
+                    found = True
+                    at += got
+                at = end
+        return left
+
     def converted(self, granularity):
         """Return a bitmap of another granularity that marks the same, rounded outwards."""
         target = DirtyWords(self.words.length, granularity)

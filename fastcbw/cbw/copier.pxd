@@ -1,6 +1,7 @@
 # The copier: ordered copy-out from a device (a snapshot, mostly) to another.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from fastcbw.bitmaps.dirty cimport DirtyWords
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.offload cimport Behind, Offload
 from fastcbw.cbw.order cimport Order, Piece
@@ -21,6 +22,7 @@ cdef enum:
 
 cdef class Copier:
     cdef readonly BlockDevice source
+    cdef DirtyWords copied              # what is in the target is marked here; or None
     cdef readonly BlockDevice target
     cdef readonly int64_t chunk         # bytes of one read and write
     cdef bint target_is_zero            # zeroes need not be written
@@ -44,6 +46,7 @@ cdef class Copier:
     cdef bint next_piece(self, Piece *piece) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
     cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil
+    cdef void note_copied(self, const Piece *piece) noexcept nogil
     cdef void consume(self, const Piece *piece) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil
     cdef int copy_data(self, int64_t offset, int64_t length, char *buffer, bint target_is_zero) noexcept nogil

@@ -1,3 +1,4 @@
+from fastcbw.bitmaps.dirty import DirtyWords
 from fastcbw.block.device import BlockDevice
 from fastcbw.cbw.offload import Offload
 from fastcbw.cbw.pace import Pace
@@ -11,6 +12,7 @@ class Copier:
     def __init__(
         self, source: BlockDevice, target: BlockDevice, *, chunk: int = ..., order: str = ..., target_is_zero: bool = ...,
         comparing: bool = ..., consuming: bool = ..., pace: Pace | None = ..., offload: Offload | None = ...,
+        copied: DirtyWords | None = ...,
     ) -> None: ...
     def run(self, in_background: bool = ...) -> None: ...
     def cancel(self) -> None: ...

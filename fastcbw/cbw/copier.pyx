@@ -16,6 +16,7 @@ from libc.errno cimport EINTR, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcmp
 
+from fastcbw.bitmaps.dirty cimport DirtyWords, dirty_mark
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
 from fastcbw.cbw.offload cimport OFFLOAD_LACKING, Behind, Offload
@@ -53,13 +54,14 @@ cdef class Copier:
 
     chunk: bytes of one read and one write, a multiple of 4 KiB. order: see Order. target_is_zero: every byte of the
     target reads as zero now. comparing: read both and report the first difference as an error. pace: default: every worker, chunk bytes
-    a step. offload: of offload_for(); digests and comparing want the data to pass through here.
+    a step. offload: of offload_for(); digests and comparing want the data to pass through here. copied: words in which whole granules
+    are marked when they are in the target.
     Call run() in as many threads as shall work; when all have returned, look at `error`.
     """
 
     def __cinit__(self, BlockDevice source not None, BlockDevice target not None, *, int64_t chunk=1 << 18,
                   str order="sequential", bint target_is_zero=False, bint comparing=False, bint consuming=False, Pace pace=None,
-                  Offload offload=None):
+                  Offload offload=None, DirtyWords copied=None):
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
         if target.length < source.length:
@@ -69,6 +71,7 @@ cdef class Copier:
         self.chunk = chunk
         self.target_is_zero = target_is_zero
         self.comparing = comparing
+        self.copied = copied
         self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
         self.offload = None if comparing else offload
         self.order = Order(source, order, chunk=chunk)
@@ -139,11 +142,23 @@ cdef class Copier:
                 return code
             if self.consuming is not None:
                 self.consume(&step)
+            if self.copied is not None:
+                self.note_copied(&step)
             if not piece.zero:
                 self.pace.moved(step.length)
             add_seq(&self.done_bytes, <uint64_t>step.length)
             at += step.length
         return 0
+
+    cdef void note_copied(self, const Piece *piece) noexcept nogil:
+        """Rounded inwards: what is marked as copied is; a granule that two pieces share counts as not copied."""
+        cdef int64_t mask = ((<int64_t>1) << self.copied.words.shift) - 1
+        cdef int64_t begin = (piece.offset + mask) & ~mask
+        cdef int64_t end = piece.offset + piece.length
+        if end < self.source.length:
+            end &= ~mask
+        if begin < end:
+            dirty_mark(self.copied.words, begin, end - begin)
 
     cdef void consume(self, const Piece *piece) noexcept nogil:
         """It is in the target: drop it from the snapshot, whole granules of it. What stays for an error costs room, no data."""

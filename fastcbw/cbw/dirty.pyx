@@ -9,7 +9,8 @@ here that changes which words are marked is such a flip, with the engine's contr
 A snapshot that is made from a bitmap switches it in its own flip (prepare, conclude). Then either
     the bitmap goes on as it was     what was frozen is or-ed into the fresh words after the drains; or
     the snapshot has it (handed)     the bitmap is what changed since; give_back() forgets what was frozen when the job has
-                                     succeeded, else or-s it in again. Until then both parts together are the bitmap.
+                                     succeeded, else or-s it in again, or what of it is left to copy. Until then both parts
+                                     together are the bitmap.
 A bitmap may be enabled or disabled at any time; its words stay, since nobody marks those of a disabled one.
 """
 
@@ -334,7 +335,7 @@ cdef class DirtyBitmaps:
             bitmap = self.find(options.bitmap)
             bitmap.check_free()
             fresh = new_words(self.state, bitmap.live.shift, bitmap.name)
-            if not map_bits(&creation.snap.within, creation.snap.geometry.clusters):
+            if not options.whole and not map_bits(&creation.snap.within, creation.snap.geometry.clusters):
                 dirty_unref(fresh)
                 raise MemoryError(f"bitmap {bitmap.name!r}: no memory for the clusters it marks")
         if options.new_bitmap is not None:
@@ -349,8 +350,9 @@ cdef class DirtyBitmaps:
                 raise
         if bitmap is not None:
             bitmap.put(fresh, bitmap.live)
-            frozen = hold_words(bitmap.frozen)
-            creation.frozen = bitmap.frozen
+            if not options.whole:
+                frozen = hold_words(bitmap.frozen)
+                creation.frozen = bitmap.frozen
         creation.dirty_count = self.list_words(creation.dirty)
         return frozen
 
@@ -386,14 +388,22 @@ cdef class DirtyBitmaps:
         dirty_unref(frozen)
         return 0
 
-    def give_back(self, name, bint success):
-        """End the use of the bitmap NAME by a job: with SUCCESS it is what changed since the job's instant, else all of it again."""
+    def give_back(self, name, bint success, DirtyWords left=None):
+        """End the use of the bitmap NAME by a job: with SUCCESS it is what changed since the job's instant, else all of it again.
+
+        left: what the job has not copied of what it was to copy, and that is to be marked instead of all of it.
+        """
         cdef DirtyBitmap bitmap
         with self.control:
             bitmap = self.find(name)
             if bitmap.user is not None:
+                if left is not None and not success:
+                    if left.words.length != bitmap.live.length:
+                        raise ValueError(f"bitmap {name!r}: {left.words.length} bytes do not match the disk's {bitmap.live.length}")
+                    with nogil:
+                        dirty_convert(&bitmap.live.bits, bitmap.live.shift, &left.words.bits, left.words.shift)
                 bitmap.user = None
-                self.thaw(bitmap, success)
+                self.thaw(bitmap, success or left is not None)
 
 
 cdef dirty_words *new_words(EngineState state, int shift, str name) except NULL:

@@ -120,7 +120,7 @@ cdef class Engine:
 
     def snapshot(self, name, **options):
         """Take a snapshot; see take_snapshots."""
-        return take_snapshots([self], name, SnapshotOptions.parse(**options))[0]
+        return take_snapshots([self], name, [SnapshotOptions.parse(**options)])[0]
 
     cdef int cluster_bits_for(self, str name, options) except -1:
         """The cluster size for a new snapshot, or why there can't be one. Changes nothing."""
@@ -657,6 +657,8 @@ def _keep(engine_ref, wake):
 def take_snapshots(engines, name, options):
     """Take a snapshot NAME of each of ENGINES at one instant; return the SnapshotDevices in the same order.
 
+    options: SnapshotOptions of all, or one for each.
+
     No guest write is drained or delayed, except that for several disks new writes wait for the few stores of the flips.
     Returns when each view is constant: then every write that was under way at the instant has ended.
     Raises ValueError, Error, LimitReached, MemoryError, OSError; then no snapshot was taken on any disk.
@@ -670,40 +672,45 @@ def take_snapshots(engines, name, options):
         raise ValueError("snapshot: no disks given")
     if len(engines) > 64:
         raise LimitReached(f"snapshot: {len(engines)} disks at once; no more than 64")
+    if isinstance(options, SnapshotOptions):
+        options = [options] * len(engines)
     if len(set(engines)) != len(engines):
         raise ValueError("snapshot: a disk is named twice")
     ordered = sorted(engines, key=id)       # one order for everybody, so that two groups can't wait for each other
     for engine in ordered:
         engine.control.acquire()
     try:
-        for engine in engines:
+        for i in range(len(engines)):
+            engine = engines[i]
             engine.sweep()
-            engine.cluster_bits_for(name, options)
+            engine.cluster_bits_for(name, options[i])
         try:
             for engine in engines:
-                frozen.append(engine.prepare(name, options, &creations[count]))
+                frozen.append(engine.prepare(name, options[count], &creations[count]))
                 count += 1
-            for engine in engines:
+            for i in range(count):
+                engine = engines[i]
                 engine.start_threads()
-                if options.spill is not None:
+                if options[i].spill is not None:
                     engine.start_flusher()
         except BaseException:
             for i in range(count):
                 engine = engines[i]
-                engine.abandon(options, &creations[i])
+                engine.abandon(options[i], &creations[i])
             raise
         with nogil:
             creations_flip(creations, count)
             for i in range(count):
                 creation_finish(&creations[i])
         devices = []
-        for engine in engines:
-            engine.bitmaps.conclude(options)
+        for i in range(count):
+            engine = engines[i]
+            engine.bitmaps.conclude(options[i])
         for i in range(count):
             engine = engines[i]
             device = _make_device(engine, creations[i].snap, name)
-            device.bitmap, device.bitmap_name = frozen[i], options.bitmap
-            device.export = options.export
+            device.bitmap, device.bitmap_name = frozen[i], None if frozen[i] is None else options[i].bitmap
+            device.export = options[i].export
             engine.snapshots[name] = device
             devices.append(device)
         return devices

@@ -58,6 +58,7 @@ class SnapshotOptions:
     export: str = "ro"
     bitmap: str | None = None
     bitmap_for: str | None = None           # what BITMAP is handed to until it is given back; None: it goes on as it was
+    whole: bool = False                     # all is preserved: BITMAP is handed over only, and says nothing of what is needed
     new_bitmap: str | None = None
     new_bitmap_granularity: int | None = None
     on_full: str = "break-snapshot"
@@ -80,6 +81,7 @@ class SnapshotOptions:
         durability: str = "none",
         bitmap: str | None = None,
         bitmap_for: str | None = None,
+        whole: bool = False,
         new_bitmap: str | None = None,
         new_bitmap_granularity: int | str | None = None,
         **others: object,
@@ -103,7 +105,7 @@ class SnapshotOptions:
         if copy_on_read and room == 0:
             raise ValueError(f"copy_on_read: True without a RAM tier: it never leaves anything elsewhere (give ram, not {ram!r})")
         return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, on_full=on_full, on_cbw_error=on_cbw_error, export=export,
-                   **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
+                   whole=whole, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 
 def _parse_bitmaps(bitmap: object, bitmap_for: str | None, new_bitmap: object, granularity: int | str | None) -> dict:

@@ -235,11 +235,14 @@ class Graph:
 
     # -- those who use nodes
 
-    def attach(self, label: str, uses: Iterable[tuple[Node, str, str, Needs]]) -> User:
-        """Let a parent that is no node use nodes: (node, name, role, needs) each. Error on a conflict; then nothing changed."""
+    def attach(self, label: str, uses: Iterable[tuple[Node, str, str, Needs]], *, guarded: Node | None = None) -> User:
+        """Let a parent that is no node use nodes: (node, name, role, needs) each. Error on a conflict; then nothing changed.
+
+        guarded: one of them that is live, and below which nobody may write but through it.
+        """
         user = User(label)
         for node, name, role, needs in uses:
-            node.parents.append(Edge(user, node, name, role, needs))
+            node.parents.append(Edge(user, node, name, role, needs, guards=node is guarded))
         try:
             self._refresh()
         except Error:
@@ -294,6 +297,7 @@ class Graph:
         if self._undo is not None:
             return                      # at the end of the transaction
         fresh: dict[Edge, Needs] = {}
+        guarded: set[Node] = set()
         for node in _from_the_top(self.nodes.values()):
             known = [(edge, fresh.get(edge, edge.needs)) for edge in node.parents]
             permissions.check(node.name, known)
@@ -303,8 +307,14 @@ class Graph:
                 shared &= needs.shared
             if taken & Permission.WRITE and node.options.get("read-only"):
                 raise Error(f"node '{node.name}' is read-only: {known[0][0].label} needs 'write' on it")
+            if any(edge.guards for edge in node.parents):
+                guarded.add(node)
             for edge in node.children.values():
-                fresh[edge] = node.kind.needs(node, edge.name, Needs(taken, shared))
+                needs = node.kind.needs(node, edge.name, Needs(taken, shared))
+                if node in guarded and edge.name == node.kind.through:
+                    needs = Needs(needs.taken, needs.shared & ~(Permission.WRITE | Permission.RESIZE))
+                    guarded.add(edge.child)
+                fresh[edge] = needs
         for edge, needs in fresh.items():
             edge.needs = needs
 

@@ -31,6 +31,7 @@ class Edge:
     name: str
     role: str
     needs: Needs = NOTHING
+    guards: bool = False        # whoever writes below CHILD must write through it
 
     @property
     def label(self) -> str:

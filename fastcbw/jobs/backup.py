@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fastcbw.bitmaps.dirty import DirtyWords
 from fastcbw.block.device import BlockDevice
 from fastcbw.cbw.copier import Copier
 from fastcbw.cbw.offload import offload_for
@@ -22,6 +23,7 @@ from fastcbw.jobs.target import Target, is_in_place
 
 # Named in INTERFACE, not built yet.
 _LATER = ("resume", "format", "backing")
+COPIED_GRANULARITY = 4096
 
 
 class BackupJob(Job):
@@ -34,7 +36,7 @@ class BackupJob(Job):
         that), a limit; default: 16 MiB; with workers, 256 KiB for each. rate: bytes a second, a limit. guest_p99: milliseconds, the
         guest's p99 write latency that the job slows down for. consume: what is in the target is dropped from the snapshot at once, not
         with verify; after a failure the rest is still there, and the same target can be given to another job. verify: read the target again and compare it with the source.
-    on_release: called once when the job needs the source no more.
+    tracks: keep what has got into the target, for left(). on_release: called once when the job needs the source no more.
 
     Arguments are checked and the target is made here; start() begins to copy.
     """
@@ -53,6 +55,7 @@ class BackupJob(Job):
         consume: bool = False,
         force: bool = False,
         sources: list[str | int] = (),
+        tracks: bool = False,
         on_release: Callable[[], None] | None = None,
         id: str | None = None,
         **others: Any,
@@ -76,6 +79,8 @@ class BackupJob(Job):
         self.order = order
         self.phase = "copy"
         self._on_release = on_release
+        self._copied = DirtyWords(source.length, COPIED_GRANULARITY) if tracks else None
+        self._kept = False      # of a job that did not succeed: what it copied is there to stay
         # Of a snapshot that was made from a bitmap only what the bitmap marks exists: an increment.
         kind = Target if getattr(source, "bitmap", None) is None else IncrementTarget
         self._target = kind(target, source.length, sources=sources, force=force)
@@ -95,18 +100,32 @@ class BackupJob(Job):
             pace.set_rate(self._rate)
             pace.set_paused(self._paused)
         return Copier(self.source, self._target.device, chunk=pace.piece_max, order="sequential" if comparing else self.order,
-                      target_is_zero=self._target.is_zero, comparing=comparing, consuming=self.consume, pace=pace, offload=offload)
+                      target_is_zero=self._target.is_zero, comparing=comparing, consuming=self.consume, pace=pace, offload=offload,
+                      copied=None if comparing else self._copied)
 
     def run(self) -> None:
         # A cancelled job removes what it wrote; a failed one leaves it, under the name that says so.
         try:
             self._run()
         except JobCancelled as error:
+            kept = self._sync_what_is_there()
             if self._target.discard():
                 raise
+            self._kept = kept
             raise JobCancelled(f"{error}; {self._target.leave()}") from None
         except Exception as error:
+            self._kept = self._sync_what_is_there()
             raise JobFailed(f"{error}; {self._target.leave()}") from error
+
+    def _sync_what_is_there(self) -> bool:
+        """Tell whether what was copied of a job that tracks is on stable storage; what did not compare is not looked at."""
+        if self._copied is None or self.phase != "copy":
+            return False
+        try:
+            self._target.sync()
+        except OSError:
+            return False
+        return True
 
     def _run(self) -> None:
         self._work(self._copier, "backup")
@@ -144,6 +163,11 @@ class BackupJob(Job):
             raise JobFailed(f"{what}: {copier.error}")
         if copier.is_cancelled:
             raise JobCancelled(f"{what}: cancelled after {copier.done} of {self.source.length} bytes")
+
+    def left(self, wanted: DirtyWords) -> DirtyWords:
+        """Return what of WANTED has not got into the target, of a job that tracks and has ended; all of it when the target can't say
+        that what it was given is kept."""
+        return wanted.without(self._copied) if self._kept else wanted
 
     def stop(self) -> None:
         self._copier.cancel()

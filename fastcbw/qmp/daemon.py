@@ -233,7 +233,7 @@ class Daemon:
                     self.delete_snapshot(snapshot, [disk])
                 raise
             record = JobRecord(job_id, job, disk, snapshot, target)
-            self.jobs.add(record, lambda: self._end_backup(record, own))
+            self.jobs.add(record, lambda record, outcome: self._end_backup(record, own))
             return record
 
     def _end_backup(self, record: JobRecord, own: bool) -> None:

@@ -1,4 +1,12 @@
-"""The daemon's jobs by id: what query-jobs shows, what job-cancel reaches, and the events of their ends."""
+"""The daemon's jobs by id: what query-jobs shows, what job-cancel reaches, and the events of their states and ends.
+
+    created ─ running ⇄ paused ─ (ready) ─ waiting ─ pending ─ concluded ─ null
+                 └────────────────┴──────────┴─────────┴─ aborting ─┘
+
+Jobs that a transaction grouped end together: each waits, its work done, for the others; when all are pending and somebody has finalized
+one of them (or none of them asks for that) all complete, and when one fails or is cancelled before, all are cancelled. A job by
+itself is a group of one.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +23,75 @@ JOBS_RUNNING_LIMIT = 64
 JOBS_CONCLUDED_LIMIT = 64
 
 
+class JobGroup:
+    """Jobs that complete together or not at all. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.records: list[JobRecord] = []      # complete before the first of them is started
+        self._changed = threading.Condition()
+        self._done: set[JobRecord] = set()      # their work is done
+        self._final = False                     # all of them complete
+        self.broken: str | None = None          # the first that failed or was cancelled: all the others are cancelled
+
+    @property
+    def needs_finalize(self) -> bool:
+        return any(not record.auto_finalize for record in self.records)
+
+    def work_done(self, record: JobRecord) -> bool:
+        """Wait until the work of all is done; False when one of them failed or was cancelled."""
+        with self._changed:
+            self._done.add(record)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.broken is not None or len(self._done) == len(self.records))
+            return self.broken is None
+
+    def await_final(self) -> bool:
+        """Wait until somebody has finalized one of them; False as work_done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.broken is not None or self._final)
+            return self.broken is None
+
+    def finalize(self) -> bool:
+        """Let all complete; False when one was cancelled before, or not all have done their work."""
+        with self._changed:
+            if self.broken is not None or len(self._done) < len(self.records):
+                return False
+            self._final = True
+            self._changed.notify_all()
+            return True
+
+    def break_up(self, record: JobRecord) -> bool:
+        """RECORD has failed or is cancelled: cancel the others. False when it is too late, since all complete."""
+        with self._changed:
+            if self._final:
+                return False
+            self.broken = self.broken or record.id
+            self._changed.notify_all()
+        for other in self.records:
+            if other is not record:
+                other.job.cancel()
+        return True
+
+
 class JobRecord:
     """One job as the daemon keeps it. job: a fastcbw Job; disk, snapshot, target: for display; auto_dismiss: forgotten at its end.
 
     auto_finalize: without it a job whose work is done is pending, and holds what it has, until finalize or cancel.
     """
 
-    def __init__(self, name: str, job, disk: str, snapshot: str, target: str, *, auto_dismiss: bool = False, auto_finalize: bool = True):
+    def __init__(self, name: str, job, disk: str, snapshot: str, target: str, *, type: str = "backup", auto_dismiss: bool = False,
+                 auto_finalize: bool = True, group: JobGroup | None = None):
         self.id = name
         self.job = job
-        self.type = "backup"
+        self.type = type
         self.disk = disk
         self.snapshot = snapshot
         self.target = target
         self.auto_dismiss = auto_dismiss
         self.auto_finalize = auto_finalize
+        self.group = JobGroup() if group is None else group
+        self.group.records.append(self)
         self.state = "created"  # QEMU's, without paused and concluded, which are derived
-        self.decided = threading.Event()  # a pending job was finalized or cancelled
         self.outcome: str | None = None  # completed, failed, cancelled; set when all is cleaned up
         self.error: str | None = None
         self.thread: threading.Thread | None = None
@@ -41,7 +101,9 @@ class JobRecord:
         """QEMU's name of the state; ``concluded`` only after the job's own snapshot is gone too."""
         if self.outcome is not None:
             return "concluded"
-        return "paused" if self.state == "running" and self.job.paused else self.state
+        if self.state in ("running", "ready") and self.job.paused:
+            return "paused" if self.state == "running" else "standby"
+        return self.state
 
     def describe(self) -> dict:
         """Return QEMU's members of a job, and ours: outcome, bytes-per-s, pacing (see BackupJob), result, disk, snapshot, target."""
@@ -70,7 +132,8 @@ class JobRecord:
         progress, status = self.job.progress, self.status
         described = {
             "type": self.type, "device": self.id, "len": progress["total"], "offset": progress["done"],
-            "busy": status == "running", "paused": status == "paused", "speed": self.job.rate or 0, "io-status": "ok", "ready": False,
+            "busy": status in ("running", "ready"), "paused": status in ("paused", "standby"), "speed": self.job.rate or 0,
+            "io-status": "ok", "ready": status in ("ready", "standby"),
             "status": status, "auto-finalize": self.auto_finalize, "auto-dismiss": self.auto_dismiss,
         }
         return described if self.error is None else described | {"error": self.error}
@@ -107,8 +170,8 @@ class JobTable:
         with self._lock:
             self._reserved.discard(name)
 
-    def add(self, record: JobRecord, on_end: Callable[[], None]) -> None:
-        """Watch RECORD's job; ON_END runs after it ended and before the job shows as concluded."""
+    def add(self, record: JobRecord, on_end: Callable[[JobRecord, str], None]) -> None:
+        """Watch RECORD's job, whose group is complete; ON_END(record, outcome) runs after it ended and before it shows as concluded."""
         record.thread = threading.Thread(target=self._watch, args=(record, on_end), name=f"fastcbw-job-{record.id}",
                                          daemon=True)
         with self._lock:
@@ -122,36 +185,55 @@ class JobTable:
         record.state = state
         self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": state})
 
-    def _await_decision(self, record: JobRecord) -> str:
-        """The work is done: end at once, or when somebody says so. Return the outcome."""
-        self._enter(record, "waiting")
-        self._enter(record, "pending")
-        if not record.auto_finalize:
-            self._emit("BLOCK_JOB_PENDING", {"type": record.type, "id": record.id})
-            record.decided.wait()
-        return "cancelled" if record.state == "aborting" else "completed"
+    def became_ready(self, record: JobRecord) -> None:
+        """The job has caught up, and goes on until it is completed or cancelled."""
+        self._enter(record, "ready")
+        self._emit("BLOCK_JOB_READY", self._describe_end(record))
 
-    def _watch(self, record: JobRecord, on_end: Callable[[], None]) -> None:
+    @staticmethod
+    def _describe_end(record: JobRecord) -> dict:
+        progress = record.job.progress
+        return {"type": record.type, "device": record.id, "len": progress["total"], "offset": progress["done"], "speed": record.job.rate or 0}
+
+    def _await_decision(self, record: JobRecord) -> str:
+        """The work is done: end at once, or when the others of the group are there, or when somebody says so. Return the outcome."""
+        group = record.group
+        self._enter(record, "waiting")
+        if not group.work_done(record):
+            return self._broken_up(record)
+        self._enter(record, "pending")
+        if not group.needs_finalize:
+            group.finalize()        # whichever comes first
+        elif not record.auto_finalize:
+            self._emit("BLOCK_JOB_PENDING", {"type": record.type, "id": record.id})
+        return "completed" if group.await_final() else self._broken_up(record)
+
+    @staticmethod
+    def _broken_up(record: JobRecord) -> str:
+        if record.group.broken != record.id:
+            record.error = f"job {record.group.broken!r} of the same transaction did not complete"
+        return "cancelled"
+
+    def _watch(self, record: JobRecord, on_end: Callable[[JobRecord, str], None]) -> None:
         try:
             record.job.wait()
             outcome = self._await_decision(record)
         except JobCancelled as error:
-            outcome, record.error = "cancelled", record.job.error or str(error)
+            outcome, record.error = self._broken_up(record), record.error or record.job.error or str(error)
         except Exception as error:  # whatever ended it, the job has ended and its reason is shown
             outcome, record.error = "failed", record.job.error or str(error) or type(error).__name__
-        if outcome != "completed" and record.state != "aborting":
+        if outcome != "completed":
+            record.group.break_up(record)
             self._enter(record, "aborting")
         try:
-            on_end()
+            on_end(record, outcome)
         except Exception as error:
             log.exception("job %s: cleaning up failed", record.id)
             if outcome == "completed":
                 outcome, record.error = "failed", f"the copy is complete, cleaning up failed: {error}"
         record.outcome = outcome
         self._forget_oldest()
-        progress = record.job.progress
-        data = {"type": record.type, "device": record.id, "len": progress["total"], "offset": progress["done"],
-                "speed": record.job.rate or 0}
+        data = self._describe_end(record)
         if outcome == "failed":
             data["error"] = record.error
         self._emit("BLOCK_JOB_CANCELLED" if outcome == "cancelled" else "BLOCK_JOB_COMPLETED", data)
@@ -179,31 +261,33 @@ class JobTable:
         with self._lock:
             return list(self._records.values())
 
-    def cancel(self, name: str) -> None:
-        """Ask the job to end; it has ended when it shows as concluded. An ended job can't be cancelled."""
+    def cancel(self, name: str, force: bool = True) -> None:
+        """Ask the job to end; it has ended when it shows as concluded. An ended job can't be cancelled.
+
+        force: also one that is ready ends as cancelled; else that one completes, and changes nothing.
+        """
         record = self.find(name)
         if record.outcome is not None:
             raise Error(f"job {name!r}: has ended, it can't be cancelled (job-dismiss removes it)")
-        with self._lock:
-            pending = record.state == "pending" and not record.decided.is_set()
-            if pending:
-                record.state = "aborting"
-        if pending:
-            self._emit("JOB_STATUS_CHANGE", {"id": record.id, "status": "aborting"})
-            record.decided.set()
+        if not force and record.state == "ready":
+            record.job.complete(pivot=False)
+            return
+        if record.state in ("waiting", "pending"):
+            record.group.break_up(record)
         record.job.cancel()
 
     def complete(self, name: str) -> None:
-        """Refused: a backup is never ready, so there is nothing to complete."""
-        raise Error(f"Job '{name}' in state '{self.find(name).status}' cannot accept command verb 'complete'")
+        """Have a job that is ready end; refused of every other."""
+        record = self.find(name)
+        if record.outcome is not None or record.state != "ready":
+            raise Error(f"Job '{name}' in state '{record.status}' cannot accept command verb 'complete'")
+        record.job.complete(pivot=True)
 
     def finalize(self, name: str) -> None:
-        """Let a pending job end."""
+        """Let a pending job end, and all that are grouped with it."""
         record = self.find(name)
-        with self._lock:
-            if record.state != "pending" or record.outcome is not None or record.auto_finalize:
-                raise Error(f"Job '{name}' in state '{record.status}' cannot accept command verb 'finalize'")
-            record.decided.set()
+        if record.state != "pending" or record.outcome is not None or not record.group.finalize():
+            raise Error(f"Job '{name}' in state '{record.status}' cannot accept command verb 'finalize'")
 
     def pause(self, name: str, pause: bool) -> None:
         """Pause a running job, or resume it."""
@@ -231,8 +315,8 @@ class JobTable:
         """Cancel what runs and wait until all of it has ended."""
         for record in self.all():
             if record.outcome is None:
+                record.group.break_up(record)
                 record.job.cancel()
-                record.decided.set()
         for record in self.all():
             if record.thread is not None:
                 record.thread.join()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fastcbw.qmp.backups import Backup
 from fastcbw.qmp.bitmaps import BITMAP_ACTIONS
 from fastcbw.qmp.errors import QmpError
-from fastcbw.qmp.nodes import Backup
 from fastcbw.qmp.schema import Argument, Command, Schema
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _do_backup(daemon: Daemon, backups: list[Backup], device: str, target: str, 
             raise QmpError(f"Parameter 'x-perf.{name}' is unexpected")
         if name == "max-workers":
             options["workers"] = value
-    backups.append(daemon.nodes.prepare_backup(device, target, sync, **options))
+    backups.append(daemon.nodes.backups.prepare(device, target, sync, **options))
 
 
 _ADD = Command("blockdev-add", "open a node, and those described inside it", _do_add, (
@@ -116,13 +116,20 @@ _ACTIONS = Schema([
 
 
 def _transaction(daemon: Daemon, actions: list, properties: dict | None = None) -> None:
-    if properties not in (None, {}, {"completion-mode": "individual"}):
-        raise QmpError("Parameter 'properties' does not accept this value (there is {'completion-mode': 'individual'})")
-    transaction_of(daemon, actions)
+    given = {"completion-mode": "individual"} | (properties or {})
+    mode = given.pop("completion-mode")
+    if mode not in ("individual", "grouped"):
+        raise QmpError(f"Parameter 'completion-mode' does not accept value '{mode}' (there is individual, grouped)")
+    for name in given:
+        raise QmpError(f"Parameter 'properties.{name}' is unexpected (there is completion-mode)")
+    transaction_of(daemon, actions, grouped=mode == "grouped")
 
 
-def transaction_of(daemon: Daemon, actions: list[dict[str, Any]]) -> None:
-    """Do ACTIONS, objects with type and data, as one. QmpError for one that is wrong; fastcbw.Error, OSError of what fails."""
+def transaction_of(daemon: Daemon, actions: list[dict[str, Any]], *, grouped: bool = False) -> None:
+    """Do ACTIONS, objects with type and data, as one. QmpError for one that is wrong; fastcbw.Error, OSError of what fails.
+
+    grouped: jobs that they start complete together or not at all.
+    """
     steps = []
     described = []      # nodes come first and together, so that they may name each other in any order
     for action in actions:
@@ -139,7 +146,7 @@ def transaction_of(daemon: Daemon, actions: list[dict[str, Any]]) -> None:
         else:
             steps.append(lambda backups, command=command, given=given: command.run(daemon, backups, **given))
     with daemon.changing():
-        daemon.nodes.run([lambda backups: daemon.nodes.add(described), *steps])
+        daemon.nodes.run([lambda backups: daemon.nodes.add(described), *steps], grouped=grouped)
 
 
 def _alone(command: Command) -> Command:
@@ -164,7 +171,7 @@ COMMANDS = (
         Argument("mode", "str", "safe: only without clients (default); hard: disconnect them"))),
     Command("transaction", "several changes as one: all or none", _transaction, (
         Argument("actions", "objects", "objects with type and data", required=True),
-        Argument("properties", "object", "completion-mode: individual"))),
+        Argument("properties", "object", "completion-mode: individual (default), grouped: the jobs complete together or not at all"))),
     Command("query-named-block-nodes", "all nodes", _query_nodes, (
         Argument("flat", "bool", "without what is below them; it never is there"),)),
     Command("fastcbw-graph", "all nodes with children, roles and permissions, children first", _graph),

@@ -1,4 +1,4 @@
-"""The daemon's graph and what hangs on it: exports by id, backups of nodes, transactions.
+"""The daemon's graph and what hangs on it: exports by id, jobs of nodes (backups.py), transactions.
 
 Names, arguments, defaults and texts are those of QEMU's storage daemon; docs/qmp.md lists the differences.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastcbw.cbw.options import check_name
-from fastcbw.disk import Disk, group
+from fastcbw.disk import Disk
 from fastcbw.errors import Error
 from fastcbw.export.nbd.dirty import PREFIX
 from fastcbw.export.nbd.listen import listen_tcp, listen_unix
 from fastcbw.graph.graph import Graph
 from fastcbw.graph.node import Node, User
-from fastcbw.graph.permissions import GUEST, READER, TARGET
-from fastcbw.qmp.jobs import JobRecord
+from fastcbw.graph.permissions import GUEST, READER
+from fastcbw.qmp.backups import Backup, Backups
 
 if TYPE_CHECKING:
     from fastcbw.qmp.daemon import Daemon
@@ -29,21 +28,13 @@ class NodeExport:
         self.id, self.name, self.node, self.user = id, name, node, user
 
 
-class Backup:
-    """A blockdev-backup that is checked and not begun."""
-
-    def __init__(self, id: str, source: Node, target: Node, user: User, options: dict[str, Any], ends: dict[str, bool]):
-        self.id, self.source, self.target, self.user = id, source, target, user
-        self.options, self.ends = options, ends         # ends: auto_dismiss, auto_finalize
-        self.bitmap: dict[str, Any] = {}        # options of its snapshot, when it copies what a bitmap marks
-
-
 class Nodes:
     """The graph of DAEMON. Methods are called with the daemon's change lock held."""
 
     def __init__(self, daemon: Daemon):
         self.daemon = daemon
         self.graph = Graph()
+        self.backups = Backups(daemon, self.graph)
         self.exports: dict[str, NodeExport] = {}        # made by block-export-add, by id
         self._served: dict[str, NodeExport] = {}        # of the disks that the daemon serves by itself, by name
         self._listening: str | None = None
@@ -164,77 +155,13 @@ class Nodes:
         self.graph.move(export.user, node)
         export.node = node
 
-    # -- backups
-
-    def prepare_backup(self, device: str, target: str, sync: str, *, job_id: str | None = None, speed: int = 0,
-                       auto_dismiss: bool = True, auto_finalize: bool = True, **options: Any) -> Backup:
-        """Check a blockdev-backup and reserve its id; start_backups() begins it."""
-        source, destination = self.graph.find(device), self.graph.find(target)
-        bitmap = options.pop("bitmap", None)
-        mode = check_sync(sync, bitmap, options.pop("bitmap_mode", None))
-        if source.bottom is destination.bottom:
-            raise Error("Source and target cannot be the same")
-        if destination.read_only or not destination.kind.live:
-            raise Error(f"Block node is read-only: node '{target}'")
-        if destination.device.length < source.device.length:
-            raise Error(f"Source and target image have different sizes (source {source.device.length}, target {destination.device.length})")
-        if speed < 0:
-            raise Error("Parameter 'speed' expects a non-negative value")
-        if speed:
-            options["rate"] = speed
-        id = device if job_id is None else check_name(job_id, "job id")
-        user = self.graph.attach(f"job '{id}'", [(source, "source", "source", READER), (destination, "target", "target", TARGET)])
-        try:
-            id = self.daemon.jobs.reserve(id)
-        except BaseException:
-            self.graph.detach(user)
-            raise
-        backup = Backup(id, source, destination, user, options, {"auto_dismiss": auto_dismiss, "auto_finalize": auto_finalize})
-        if bitmap is not None:
-            backup.bitmap = {"bitmap": bitmap, "bitmap_for": f"job '{id}'" if mode == "on-success" else None}
-        return backup
-
-    def start_backups(self, backups: list[Backup]) -> None:
-        """Begin all of BACKUPS, those of live disks at one instant; or none, and an error."""
-        live = [backup for backup in backups if backup.source.kind.live]
-        disks = [backup.source.disk() for backup in live]
-        for disk in disks:
-            if disks.count(disk) > 1:
-                raise Error(f"disk '{disk.name}': two backups of one transaction need two snapshots (start them one after the other)")
-            if len(disks) > 1 and any(backup.bitmap for backup in live):
-                raise Error("bitmap: increments of several disks in one transaction are not built yet (one transaction for each)")
-        name = f"backup-{live[0].id}" if live else ""
-        made = dict(zip(live, group(disks).snapshot(name))) if len(live) > 1 else {b: d.snapshot(name, **b.bitmap) for b, d in zip(live, disks)}
-        jobs: list[tuple[Backup, Any]] = []
-        try:
-            for backup in backups:
-                snapshot = made.get(backup) or backup.source.snapshot
-                jobs.append((backup, snapshot.backup(backup.target.device, **backup.options)))
-        except BaseException:
-            for _, job in jobs:
-                job.cancel()
-                try:
-                    job.wait()
-                except Error:
-                    pass
-            for snapshot in made.values():
-                snapshot.close()
-            raise
-        for backup, job in jobs:
-            record = JobRecord(backup.id, job, backup.source.name, made[backup].name if backup in made else backup.source.name,
-                               backup.target.name, **backup.ends)
-            self.daemon.jobs.add(record, lambda backup=backup: self._end(backup, made.get(backup)))
-
-    def _end(self, backup: Backup, snapshot: Any) -> None:
-        with self.daemon.changing():
-            self.graph.detach(backup.user)
-            if snapshot is not None:
-                snapshot.close()
-
     # -- transactions
 
-    def run(self, actions: list[Callable[[list[Backup]], Callable[[], None] | None]]) -> None:
-        """Do ACTIONS as one: each appends to the list what is to start at the end, and returns how it is undone."""
+    def run(self, actions: list[Callable[[list[Backup]], Callable[[], None] | None]], *, grouped: bool = False) -> None:
+        """Do ACTIONS as one: each appends to the list what is to start at the end, and returns how it is undone.
+
+        grouped: the jobs complete together or not at all.
+        """
         backups: list[Backup] = []
         undo: list[Callable[[], None]] = []
         with self.graph.transaction():
@@ -244,7 +171,7 @@ class Nodes:
                     if step is not None:
                         undo.append(step)
                 self.graph.check()
-                self.start_backups(backups)
+                self.backups.start(backups, grouped=grouped)
             except BaseException:
                 for backup in backups:
                     self.daemon.jobs.give_back(backup.id)
@@ -258,33 +185,3 @@ class Nodes:
         for node in self.graph.nodes.values():
             node.parents = [edge for edge in node.parents if not isinstance(edge.parent, User)]
         self.graph.close()
-
-
-def check_sync(sync: str, bitmap: str | None, mode: str | None) -> str | None:
-    """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built. Return the mode."""
-    if sync not in ("full", "top", "none", "incremental", "bitmap"):
-        raise Error(f"Parameter 'sync' does not accept value '{sync}'")
-    if mode not in (None, "on-success", "never", "always"):
-        raise Error(f"Parameter 'bitmap-mode' does not accept value '{mode}'")
-    if sync in ("incremental", "bitmap") and bitmap is None:
-        raise Error(f"must provide a valid bitmap name for '{sync}' sync mode")
-    if sync == "incremental":
-        if mode not in (None, "on-success"):
-            raise Error("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
-        mode = "on-success"
-    if bitmap is not None:
-        if mode is None:
-            raise Error("Bitmap sync mode must be given when providing a bitmap")
-        if sync == "none":
-            raise Error("sync mode 'none' does not produce meaningful bitmap outputs")
-        if mode == "never" and sync != "bitmap":
-            raise Error(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
-    elif mode is not None:
-        raise Error("Cannot specify bitmap sync mode without a bitmap")
-    if sync == "none":
-        raise Error("sync: 'none' is not built yet (what exists: full, top, incremental, bitmap)")
-    if bitmap is not None and sync not in ("incremental", "bitmap"):
-        raise Error(f"bitmap: with sync '{sync}' is not built yet (clear the bitmap in the same transaction instead)")
-    if mode == "always":
-        raise Error("bitmap-mode: 'always' is not built yet (what exists: on-success, never)")
-    return mode

@@ -1,0 +1,157 @@
+"""blockdev-backup: checked in QEMU's words, begun at one instant, its bitmap settled at the end.
+
+A backup of a live disk is one of a snapshot that is taken for it; of several in a transaction these are of one instant. A bitmap that
+says what to copy, or that is to say what the backup lacks, is handed to the job at that instant (cbw/dirty) and given back when the
+job has concluded, not before: until then a job that is grouped with it may still take it along into failure.
+
+    bitmap-mode    the job completed               it did not
+    on-success     what changed since its instant  all that it was, and what changed
+    always         what changed since its instant  what it has not copied, and what changed
+    never          as if there had been no job
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.cbw.options import check_name
+from fastcbw.disk import Disk, Snapshot, group
+from fastcbw.errors import Error
+from fastcbw.graph.graph import Graph
+from fastcbw.graph.node import Node, User
+from fastcbw.graph.permissions import READER, TARGET
+from fastcbw.qmp.jobs import JobGroup, JobRecord
+
+if TYPE_CHECKING:
+    from fastcbw.qmp.daemon import Daemon
+
+
+class Backup:
+    """A blockdev-backup that is checked and not begun."""
+
+    def __init__(self, id: str, source: Node, target: Node, user: User, sync: str, mode: str | None, options: dict[str, Any],
+                 ends: dict[str, bool]):
+        self.id, self.source, self.target, self.user = id, source, target, user
+        self.sync, self.mode = sync, mode               # mode: of its bitmap, None without
+        self.options, self.ends = options, ends         # ends: auto_dismiss, auto_finalize
+        self.snapshot: dict[str, Any] = {}              # options of the snapshot that is taken for it
+
+
+class Backups:
+    """The blockdev-backups of DAEMON, on its GRAPH. Methods are called with the daemon's change lock held."""
+
+    def __init__(self, daemon: Daemon, graph: Graph):
+        self.daemon, self.graph = daemon, graph
+
+    def prepare(self, device: str, target: str, sync: str, *, job_id: str | None = None, speed: int = 0, bitmap: str | None = None,
+                bitmap_mode: str | None = None, auto_dismiss: bool = True, auto_finalize: bool = True, **options: Any) -> Backup:
+        """Check a blockdev-backup and reserve its id; start() begins it."""
+        source, destination = self.graph.find(device), self.graph.find(target)
+        mode = check_sync(sync, bitmap, bitmap_mode)
+        if bitmap is not None:
+            self._check_bitmap(source, bitmap)
+        if source.bottom is destination.bottom:
+            raise Error("Source and target cannot be the same")
+        if destination.read_only or not destination.kind.live:
+            raise Error(f"Block node is read-only: node '{target}'")
+        if destination.device.length < source.device.length:
+            raise Error(f"Source and target image have different sizes (source {source.device.length}, target {destination.device.length})")
+        if speed < 0:
+            raise Error("Parameter 'speed' expects a non-negative value")
+        if speed:
+            options["rate"] = speed
+        id = device if job_id is None else check_name(job_id, "job id")
+        user = self.graph.attach(f"job '{id}'", [(source, "source", "source", READER), (destination, "target", "target", TARGET)],
+                                 guarded=source if source.kind.live else None)
+        try:
+            id = self.daemon.jobs.reserve(id)
+        except BaseException:
+            self.graph.detach(user)
+            raise
+        backup = Backup(id, source, destination, user, sync, mode, options, {"auto_dismiss": auto_dismiss, "auto_finalize": auto_finalize})
+        if bitmap is not None:
+            backup.snapshot = {"bitmap": bitmap, "bitmap_for": None if mode == "never" else f"job '{id}'", "whole": sync not in ("bitmap", "incremental")}
+            options["tracks"] = mode == "always"
+        return backup
+
+    @staticmethod
+    def _check_bitmap(source: Node, name: str) -> None:
+        found = source.disk().bitmaps.get(name) if source.kind.live else None
+        if found is None:
+            hint = "" if source.kind.live else f" (node '{source.name}' shows a snapshot, which has none: name the disk)"
+            raise Error(f"Bitmap '{name}' could not be found{hint}")
+        if found.user is not None:
+            raise Error(f"Bitmap '{name}' is currently in use by another operation and cannot be used (by {found.user})")
+
+    def start(self, backups: list[Backup], *, grouped: bool = False) -> list[JobRecord]:
+        """Begin all of BACKUPS, those of live disks at one instant; or none, and an error. grouped: they complete together."""
+        live = [backup for backup in backups if backup.source.kind.live]
+        made = self._take_snapshots(live)
+        jobs: list[tuple[Backup, Any]] = []
+        try:
+            for backup in backups:
+                snapshot = made.get(backup) or backup.source.snapshot
+                jobs.append((backup, snapshot.backup(backup.target.device, **backup.options)))
+        except BaseException:
+            for _, job in jobs:
+                job.cancel()
+                try:
+                    job.wait()
+                except Error:
+                    pass
+            for snapshot in made.values():
+                snapshot.close()
+            raise
+        together = JobGroup() if grouped else None
+        records = [JobRecord(backup.id, job, backup.source.name, made[backup].name if backup in made else backup.source.name,
+                             backup.target.name, group=together, **backup.ends) for backup, job in jobs]
+        for (backup, _), record in zip(jobs, records):
+            self.daemon.jobs.add(record, lambda record, outcome, backup=backup: self._end(backup, made.get(backup), record, outcome))
+        return records
+
+    @staticmethod
+    def _take_snapshots(live: list[Backup]) -> dict[Backup, Snapshot]:
+        """Take the snapshots of backups of LIVE disks, at one instant."""
+        disks: list[Disk] = [backup.source.disk() for backup in live]
+        for disk in disks:
+            if disks.count(disk) > 1:
+                raise Error(f"disk '{disk.name}': two backups of one transaction need two snapshots (start them one after the other)")
+        if not live:
+            return {}
+        made = dict(zip(live, group(disks).snapshot(f"backup-{live[0].id}", each=[backup.snapshot for backup in live])))
+        for snapshot in made.values():
+            snapshot._settles = False       # a bitmap is given back at the end of the job as QMP knows it
+        return made
+
+    def _end(self, backup: Backup, snapshot: Snapshot | None, record: JobRecord, outcome: str) -> None:
+        with self.daemon.changing():
+            self.graph.detach(backup.user)
+            if snapshot is not None:
+                snapshot._give_back(success=outcome == "completed", unless=record.job if backup.mode == "always" else None)
+                snapshot.close()
+
+
+def check_sync(sync: str, bitmap: str | None, mode: str | None) -> str | None:
+    """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built. Return the mode."""
+    if sync not in ("full", "top", "none", "incremental", "bitmap"):
+        raise Error(f"Parameter 'sync' does not accept value '{sync}'")
+    if mode not in (None, "on-success", "never", "always"):
+        raise Error(f"Parameter 'bitmap-mode' does not accept value '{mode}'")
+    if sync in ("incremental", "bitmap") and bitmap is None:
+        raise Error(f"must provide a valid bitmap name for '{sync}' sync mode")
+    if sync == "incremental":
+        if mode not in (None, "on-success"):
+            raise Error("Bitmap sync mode must be 'on-success' when using sync mode 'incremental'")
+        mode = "on-success"
+    if bitmap is not None:
+        if mode is None:
+            raise Error("Bitmap sync mode must be given when providing a bitmap")
+        if sync == "none":
+            raise Error("sync mode 'none' does not produce meaningful bitmap outputs")
+        if mode == "never" and sync != "bitmap":
+            raise Error(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
+    elif mode is not None:
+        raise Error("Cannot specify bitmap sync mode without a bitmap")
+    if sync == "none":
+        raise Error("sync: 'none' is not built yet (what exists: full, top, incremental, bitmap)")
+    return mode
