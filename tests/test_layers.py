@@ -24,6 +24,7 @@ LAYERS = [
     ("graph",),
     ("qmp",),
     ("__init__",),
+    ("compare",),
     ("cli",),
     ("__main__",),
 ]

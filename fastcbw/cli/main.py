@@ -10,13 +10,13 @@ import errno
 import os
 import sys
 
-from fastcbw.cli import backup, bitmap, demo, graph, map, serve, snapshot, status, top
+from fastcbw.cli import backup, bitmap, compare, demo, graph, map, serve, snapshot, status, top
 from fastcbw.cli.common import Parser, Terminated, UsageError, one_line
 from fastcbw.version import __version__
 
-VERBS = (demo, serve, snapshot, backup, bitmap, status, map, top, graph)
+VERBS = (demo, serve, snapshot, backup, bitmap, status, map, top, graph, compare)
 #: Verbs of the interface that do not exist yet: refused by name.
-VERBS_UNBUILT = ("restore", "compare")
+VERBS_UNBUILT = ("restore",)
 
 
 def parser() -> Parser:

@@ -187,13 +187,18 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("snapshot", "create", "vm", "--qmp", "q"), "--name"),
     (("demo", "--size", "1M"), "--size"),
     (("demo", "--seconds", "0"), "--seconds"),
+    (("compare", "--schemes", "none,magic"), "--schemes: 'magic' is unknown (there is none, "),
+    (("compare", "--loads", "gentle"), "--loads: 'gentle' is unknown (there is paced-4k, "),
+    (("compare", "--targets", ","), "--targets: names nothing (there is file, "),
+    (("compare", "--quick", "--full"), "contradict"),
+    (("compare", "--size", "100K"), "--size"),
     (("bogus",), "bogus"), ((), "VERB"), (("status", "--bogus"), "--bogus"), (("serve", "--sock", "s"), "--sock"),
 ])
 def test_wrong_usage_is_named(refused, image, arguments, text):
     refused(2, text, *arguments)
 
 
-@pytest.mark.parametrize("verb", ["restore", "compare"])
+@pytest.mark.parametrize("verb", ["restore"])
 def test_a_verb_that_is_not_built(refused, verb):
     refused(2, f"{verb}: not built yet", verb, "--json", "x")
 

@@ -1,0 +1,127 @@
+"""``fastcbw compare``: what each backup scheme does to a guest, measured on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+
+from fastcbw.cli.common import UsageError, add_json, positive, print_json, size, terminate_as_interrupt
+from fastcbw.units import format_size
+
+SIZE_MIN = 1 << 20
+#: Where a whole run keeps its cells, unless --folder names another place.
+FOLDER = "fastcbw-compare"
+SHM = "/dev/shm"
+
+
+def add_parser(verbs) -> None:
+    parser = verbs.add_parser(
+        "compare", help="what each backup scheme does to a guest, on this machine",
+        description="The same disk, guest load and target for each scheme: latencies of the guest before, during and after the backup, the "
+                    "backup's time, bytes moved, memory. Every backup is compared with the disk at its instant. What is not installed is "
+                    "said so in its row. docs/comparison.md tells how to read it.")
+    parser.add_argument("--quick", action="store_true", help="a few schemes, within a minute (default)")
+    parser.add_argument("--full", action="store_true", help=f"the whole matrix, hours; kept in ./{FOLDER}, and goes on there when it is begun again")
+    for what in ("schemes", "loads", "targets"):
+        parser.add_argument(f"--{what}", metavar="NAME[,NAME...]", help=f"only these {what} (--list names all)")
+    parser.add_argument("--list", action="store_true", help="name schemes, loads and targets, and end")
+    parser.add_argument("--repetitions", type=positive, metavar="N", help="how often each is measured, in turns (default: quick 1, full 3)")
+    parser.add_argument("--size", type=size, metavar="SIZE", help="length of the disk (default: quick 48M, full 256M)")
+    parser.add_argument("--ram", type=size, metavar="SIZE", help="RAM tier of our schemes (default: quick 8M, full 16M)")
+    parser.add_argument("--seconds", type=positive, metavar="N", help="longest load beside a backup (default: quick 6, full 30)")
+    parser.add_argument("--unpinned", action="store_true", help="without it the server runs on core 0, load and target on core 1")
+    parser.add_argument("--folder", metavar="DIR", help="keep the results there, cell by cell; go on with those that are there")
+    parser.add_argument("--work", metavar="DIR", help=f"where the disks are meanwhile (default: {SHM}, where it has room, else TMPDIR)")
+    parser.add_argument("--from", dest="results", metavar="FILE", help="measure nothing: kept results, a folder or what --json printed")
+    parser.add_argument("--html", metavar="FILE", help="write the report, one page with plots")
+    parser.add_argument("--csv", metavar="FILE", help="write a line for each measurement")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from fastcbw.compare.output import table
+
+    if arguments.list:
+        return _list()
+    if arguments.results is not None:
+        from fastcbw.compare.results import load
+
+        document = load(arguments.results)
+    else:
+        document = _measure(arguments)
+    if arguments.json:
+        print_json(document)
+    else:
+        print("\n".join(table.lines(document)))
+    wrong = [cell for cell in document["cells"] if cell["status"] == "failed" or cell.get("backup") and cell["backup"]["verified"] is False]
+    return 1 if wrong else 0
+
+
+def _measure(arguments: argparse.Namespace) -> dict:
+    plan = _plan(arguments)
+    from fastcbw.compare.run import run as measure
+
+    terminate_as_interrupt()
+    folder = arguments.folder or (FOLDER if arguments.full else None)
+    temporary = None if folder else tempfile.mkdtemp(prefix="fastcbw-compare-")
+    try:
+        return measure(plan, folder or temporary, _work_folder(arguments.work, plan.length), lambda line: print(line, file=sys.stderr, flush=True))
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plan(arguments: argparse.Namespace):
+    from fastcbw.compare import plan
+    from fastcbw.compare.loads import LOADS
+    from fastcbw.compare.schemes import SCHEMES
+    from fastcbw.compare.targets import TARGETS
+
+    if arguments.quick and arguments.full:
+        raise UsageError("--quick, --full: contradict each other (give one)")
+    fields = plan.full() if arguments.full else plan.quick()
+    for what, known in (("schemes", SCHEMES), ("loads", LOADS), ("targets", TARGETS)):
+        names = getattr(arguments, what)
+        if names is not None:
+            try:
+                fields[what] = plan.select(what, names, known)
+            except ValueError as error:
+                raise UsageError(f"--{error}") from None
+    length = arguments.size or fields["length"]
+    if length < SIZE_MIN or length % 65536:
+        raise UsageError(f"--size: {length} is no multiple of 64K from {format_size(SIZE_MIN)} on")
+    fields["length"] = length
+    if arguments.repetitions:
+        fields["repetitions"] = arguments.repetitions
+    if arguments.ram is not None:
+        fields["ram"] = arguments.ram
+    if arguments.seconds:
+        fields["during_s_max"] = float(arguments.seconds)
+        fields["during_s_min"] = min(fields["during_s_min"], fields["during_s_max"])
+    return plan.Plan(**fields, pinned=not arguments.unpinned and len(os.sched_getaffinity(0)) > 1)
+
+
+def _work_folder(named: str | None, length: int) -> str:
+    from fastcbw.compare.run import ROOM
+
+    if named is not None:
+        return named
+    if os.access(SHM, os.W_OK) and shutil.disk_usage(SHM).free > length * ROOM * 2:
+        return SHM
+    return tempfile.gettempdir()
+
+
+def _list() -> int:
+    from fastcbw.compare.loads import LOADS
+    from fastcbw.compare.schemes import SCHEMES
+    from fastcbw.compare.targets import TARGETS
+
+    for what, known in (("schemes", SCHEMES), ("loads", LOADS), ("targets", TARGETS)):
+        print(f"{what}:")
+        for name, part in known.items():
+            print(f"  {name:20} {part.title}")
+    return 0

@@ -1,0 +1,8 @@
+"""The schemes by name, in the order of the table."""
+
+from fastcbw.cbw.policies import ORDERS
+from fastcbw.compare.schemes import ours, qemu
+from fastcbw.compare.schemes.base import Scheme
+
+SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (
+    ours.NoBackup, ours.FilterRam, ours.FilterTiers, *map(ours.with_order, ORDERS), qemu.Direct, qemu.DirectTuned, qemu.Fleecing)}

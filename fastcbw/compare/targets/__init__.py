@@ -1,0 +1,35 @@
+"""The targets by name."""
+
+from fastcbw.compare.targets.base import File, Nbdkit, Served, Target
+
+
+class Nbd(Served):
+    name = "nbd"
+    title = "NBD on a unix socket"
+
+
+class Slow20(Served):
+    name = "20mbs"
+    title = "20 MB/s"
+    options = {"bytes_per_s": 20_000_000}
+
+
+class Late50(Served):
+    name = "50ms"
+    title = "50 ms a write"
+    options = {"write_ms": 50}
+
+
+class Nbdkit20(Nbdkit):
+    name = "nbdkit-20mbs"
+    title = "nbdkit, 20 MB/s"
+    filters, parameters = ("rate",), ("rate=160000000",)
+
+
+class Nbdkit50(Nbdkit):
+    name = "nbdkit-50ms"
+    title = "nbdkit, 50 ms a write"
+    filters, parameters = ("delay",), ("wdelay=50ms",)
+
+
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (File, Nbd, Slow20, Late50, Nbdkit20, Nbdkit50)}

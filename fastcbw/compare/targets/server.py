@@ -1,0 +1,39 @@
+"""The process of a target: its file behind devices that make it slow or faulty, as an NBD export.
+
+Run as ``python -m fastcbw.compare.targets.server FILE SOCKET [NAME=NUMBER...]``. bytes_per_s: bandwidth; write_ms: delay of each write;
+stall_after_bytes, stall_ms: once so much was written, one write takes so long.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from fastcbw.block.delay import DelayDevice
+from fastcbw.block.file import FileDevice
+from fastcbw.export.nbd.listen import listen_unix
+from fastcbw.export.nbd.server import Server
+
+EXPORT = "target"
+
+
+def main(arguments: list[str]) -> None:
+    path, socket, *options = arguments
+    given = {name: int(value) for name, value in (option.split("=") for option in options)}
+    device = FileDevice(path)
+    slow = {name: given.pop(name) for name in ("bytes_per_s", "write_ms") if name in given}
+    if slow:
+        # "threads": requests are late beside each other, not one after the other.
+        device = DelayDevice(device, io="threads", **slow)
+    if given:
+        raise SystemExit(f"unknown options: {given}")
+    with Server() as server:
+        server.add_export(EXPORT, device)
+        server.listen(listen_unix(socket))
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    device.close()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    main(sys.argv[1:])

@@ -1,0 +1,61 @@
+"""Cells as they are measured: each backup is what it has to be, and what a cell leaves behind is nothing."""
+
+import pytest
+
+from fastcbw.compare import cell, plan as plans
+
+
+def measured(plan, folder):
+    records = [cell.measure(one, plan, str(folder)) for one in plan.cells()]
+    assert list(folder.iterdir()) == []
+    return records
+
+
+@pytest.mark.parametrize(("scheme", "load", "target"), [
+    ("filter-ram", "generator-4k", "nbd"), ("filter-tiers", "paced-4k", "file"), ("qemu-direct", "generator-4k", "file"),
+    ("qemu-fleecing", "paced-4k", "nbd")])
+def test_a_backup_under_load_is_the_disk_at_the_instant(plan, tmp_path, scheme, load, target):
+    (record,) = measured(plan(scheme, loads=(load,), targets=(target,)), tmp_path)
+    assert record["status"] == "measured", record
+    backup = record["backup"]
+    assert (backup["verified"], backup["error"], backup["done_bytes"]) == (True, None, 4 << 20)
+    guest = record["guest"]
+    assert guest["before"]["requests"] > 0 and guest["before"]["p99_us"] > 0 and guest["after"]["requests"] > 0
+    assert record["use"]["written_bytes"] >= 4 << 20
+    assert record["tiers"]["done"][-1] == 4 << 20
+
+
+def test_without_a_backup_the_load_runs_as_long_as_asked(plan, tmp_path):
+    (record,) = measured(plan("none"), tmp_path)
+    assert record["status"] == "measured" and record["backup"] is None
+    during = record["guest"]["during"]
+    assert during["seconds"] >= 0.3 and during["requests"] > 10 and during["written_bytes"] == during["requests"] * 4096
+
+
+def test_a_backup_that_is_not_the_instant_is_found_out(plan, tmp_path, monkeypatch):
+    whole = cell.first_difference
+
+    def spoiled(path, other):
+        with open(other, "r+b") as file:
+            file.seek(70001)
+            byte = file.read(1)
+            file.seek(70001)
+            file.write(bytes([byte[0] ^ 1]))
+        return whole(path, other)
+
+    monkeypatch.setattr(cell, "first_difference", spoiled)
+    (record,) = measured(plan("filter-tiers"), tmp_path)
+    assert record["backup"]["verified"] is False and "first at byte 70001" in record["backup"]["error"]
+
+
+def test_what_is_not_installed_is_said_and_nothing_runs(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    records = measured(plan("none", "qemu-fleecing", loads=("paced-4k", "generator-4k"), targets=("nbdkit-20mbs",)), tmp_path)
+    assert {record["status"] for record in records} == {"not installed"}
+    assert {record["why"].split(" (")[0] for record in records} == {
+        f"not installed: {program}" for program in ("fio", "qemu-storage-daemon", "nbdkit")}
+
+
+def test_schemes_take_turns():
+    order = plans.Plan(("a", "b", "c"), ("l",), ("t",), 2, 1, 1, 0, 0, 0, 0, 0, 0, False)
+    assert [(one.scheme, one.repetition) for one in order.cells()] == [("a", 0), ("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 1)]
