@@ -56,7 +56,20 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"{job['id']}: guest p99 {now}, target {job['guest-p99']} ms")
             if job.get("error"):
                 print(f"{job['id']}: {job['error']}")
+    if status["bound"]:
+        print()
+        for found in status["bound"]:
+            for line in _bound(found):
+                print(line)
     return 0
+
+
+def _bound(found: dict) -> list[str]:
+    """What a client has bound to its connection, or what could not be undone when that ended."""
+    who = f"client {found['client']}" + ("" if found["pid"] is None else f" (process {found['pid']}, {found['command'] or 'gone'})")
+    if found["connected"]:
+        return [f"{who} holds {', '.join(row['what'] for row in found['holds'])}"]
+    return [f"{who} has gone and left {row['what']}" + (f": {row['why']}" if "why" in row else "") for row in found["left-over"]]
 
 
 def _remarks(kept: dict) -> list[str]:

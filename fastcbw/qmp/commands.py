@@ -38,7 +38,7 @@ def _quit(daemon: Daemon) -> None:
 
 def _query_block_exports(daemon: Daemon) -> list:
     names = daemon.exports() if daemon.nbd is not None else []
-    made = {export.name: export for export in list(daemon.nodes.exports.values())}
+    made = {export.name: export for export in daemon.nodes.all_exports()}
     return [{"id": made[name].id if name in made else name, "type": "nbd",
              "node-name": made[name].node.name if name in made else name, "shutting-down": False} for name in names]
 

@@ -20,6 +20,7 @@ from fastcbw.disk import group
 from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import Listener, listen_unix
 from fastcbw.export.nbd.server import Server
+from fastcbw.qmp.bound import Bound
 from fastcbw.qmp.jobs import JobRecord, JobTable
 from fastcbw.qmp.metrics import LatencyMeters
 from fastcbw.qmp.nodes import Nodes
@@ -38,6 +39,7 @@ class Daemon:
         self.disks: dict[str, object] = {}
         self.jobs = JobTable(self.emit)
         self.nodes = Nodes(self)
+        self.bound = Bound(self)
         self.latencies = LatencyMeters(self)
         self.nbd: Server | None = None
         self.qmp: QmpServer | None = None
@@ -70,7 +72,7 @@ class Daemon:
         with self._change:
             if self.qmp is not None:
                 raise Error("the QMP server is running already")
-            self.qmp = QmpServer(listen_unix(path), COMMANDS if schema is None else schema, self)
+            self.qmp = QmpServer(listen_unix(path), COMMANDS if schema is None else schema, self, on_leave=self.bound.client_gone)
 
     def uri(self, export: str) -> str:
         """Return the NBD URI of EXPORT."""
@@ -265,6 +267,7 @@ class Daemon:
                 "qmp": None if self.qmp is None else {"clients": self.qmp.clients},
                 "disks": {name: disk.status() for name, disk in self.disks.items()},
                 "jobs": [record.describe() for record in self.jobs.all()],
+                "bound": self.bound.describe(),
             }
 
     def request_stop(self, reason: str) -> None:

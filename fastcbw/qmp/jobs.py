@@ -210,7 +210,7 @@ class JobTable:
 
     @staticmethod
     def _broken_up(record: JobRecord) -> str:
-        if record.group.broken != record.id:
+        if record.group.broken not in (None, record.id):
             record.error = f"job {record.group.broken!r} of the same transaction did not complete"
         return "cancelled"
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcbw.qmp.backups import Backup
 from fastcbw.qmp.bitmaps import BITMAP_ACTIONS
+from fastcbw.qmp.clients import Client, current_client
 from fastcbw.qmp.errors import QmpError
 from fastcbw.qmp.schema import Argument, Command, Schema
 
@@ -63,8 +64,8 @@ def _do_export(daemon: Daemon, backups: list[Backup], type: str, id: str, node_n
     return lambda: daemon.nodes.remove_export(id, "hard")
 
 
-def _do_replace(daemon: Daemon, backups: list[Backup], parent: str, node: str) -> None:
-    daemon.nodes.replace(parent, node)
+def _do_replace(daemon: Daemon, backups: list[Backup], parent: str, node: str) -> Callable[[], None]:
+    return daemon.nodes.replace(parent, node)
 
 
 def _do_backup(daemon: Daemon, backups: list[Backup], device: str, target: str, sync: str, **options: Any) -> None:
@@ -115,20 +116,32 @@ _ACTIONS = Schema([
 ])
 
 
+#: The property of a transaction that binds what it makes to the client's connection, and the actions that can be undone then.
+_BIND = "fastcbw-bind-to-connection"
+_UNDONE = ("blockdev-add", "block-export-add", "blockdev-backup", "fastcbw-replace", "block-dirty-bitmap-add")
+
+
 def _transaction(daemon: Daemon, actions: list, properties: dict | None = None) -> None:
     given = {"completion-mode": "individual"} | (properties or {})
     mode = given.pop("completion-mode")
     if mode not in ("individual", "grouped"):
         raise QmpError(f"Parameter 'completion-mode' does not accept value '{mode}' (there is individual, grouped)")
+    bound = given.pop(_BIND, False)
+    if not isinstance(bound, bool):
+        raise QmpError(f"Invalid parameter type for '{_BIND}', expected: boolean")
     for name in given:
-        raise QmpError(f"Parameter 'properties.{name}' is unexpected (there is completion-mode)")
-    transaction_of(daemon, actions, grouped=mode == "grouped")
+        raise QmpError(f"Parameter 'properties.{name}' is unexpected (there is completion-mode, {_BIND})")
+    client = current_client() if bound else None
+    for action in actions if bound else ():
+        if action.get("type") in _ACTIONS.commands and action["type"] not in _UNDONE:
+            raise QmpError(f"Parameter '{_BIND}': '{action['type']}' can't be undone when the client has gone (there is {', '.join(_UNDONE)})")
+    transaction_of(daemon, actions, grouped=mode == "grouped", client=client)
 
 
-def transaction_of(daemon: Daemon, actions: list[dict[str, Any]], *, grouped: bool = False) -> None:
+def transaction_of(daemon: Daemon, actions: list[dict[str, Any]], *, grouped: bool = False, client: Client | None = None) -> None:
     """Do ACTIONS, objects with type and data, as one. QmpError for one that is wrong; fastcbw.Error, OSError of what fails.
 
-    grouped: jobs that they start complete together or not at all.
+    grouped: jobs that they start complete together or not at all. client: what is made ends with its connection.
     """
     steps = []
     described = []      # nodes come first and together, so that they may name each other in any order
@@ -146,7 +159,12 @@ def transaction_of(daemon: Daemon, actions: list[dict[str, Any]], *, grouped: bo
         else:
             steps.append(lambda backups, command=command, given=given: command.run(daemon, backups, **given))
     with daemon.changing():
-        daemon.nodes.run([lambda backups: daemon.nodes.add(described), *steps], grouped=grouped)
+        run = [lambda backups: daemon.nodes.add(described), *steps]
+        if client is None:
+            daemon.nodes.run(run, grouped=grouped)
+            return
+        with daemon.bound.noting(client) as jobs:
+            jobs += daemon.nodes.run(run, grouped=grouped)
 
 
 def _alone(command: Command) -> Command:
@@ -171,7 +189,8 @@ COMMANDS = (
         Argument("mode", "str", "safe: only without clients (default); hard: disconnect them"))),
     Command("transaction", "several changes as one: all or none", _transaction, (
         Argument("actions", "objects", "objects with type and data", required=True),
-        Argument("properties", "object", "completion-mode: individual (default), grouped: the jobs complete together or not at all"))),
+        Argument("properties", "object", "completion-mode: individual (default), grouped: the jobs complete together or not at all; "
+                 f"{_BIND}: what it makes is undone when this connection ends"))),
     Command("query-named-block-nodes", "all nodes", _query_nodes, (
         Argument("flat", "bool", "without what is below them; it never is there"),)),
     Command("fastcbw-graph", "all nodes with children, roles and permissions, children first", _graph),

@@ -19,6 +19,7 @@ from fastcbw.qmp.backups import Backup, Backups
 
 if TYPE_CHECKING:
     from fastcbw.qmp.daemon import Daemon
+    from fastcbw.qmp.jobs import JobRecord
 
 
 class NodeExport:
@@ -44,6 +45,10 @@ class Nodes:
         node = self.graph.adopt(disk)
         user = self.graph.attach(f"export '{disk.name}'", [(node, "root", "source", READER if disk.read_only else GUEST)])
         self._served[disk.name] = NodeExport(disk.name, disk.name, node, user)
+
+    def all_exports(self) -> list[NodeExport]:
+        """Return those that clients made and those that the daemon serves by itself."""
+        return [*self._served.values(), *self.exports.values()]
 
     # -- nodes
 
@@ -144,8 +149,8 @@ class Nodes:
         self.graph.detach(export.user)
         self.daemon.emit("BLOCK_EXPORT_DELETED", {"id": id})
 
-    def replace(self, parent: str, node_name: str) -> None:
-        """Have an export end at another node of the same disk; its clients stay and nothing waits."""
+    def replace(self, parent: str, node_name: str) -> Callable[[], None]:
+        """Have an export end at another node of the same disk; its clients stay and nothing waits. Return what a transaction undoes it by."""
         export = self.exports.get(parent) or self._served.get(parent)
         if export is None:
             raise Error(f"export '{parent}': not found (exports by id: {', '.join([*self._served, *self.exports]) or 'none'})")
@@ -153,12 +158,13 @@ class Nodes:
         if not node.kind.live:
             raise Error(f"node '{node.name}': shows a snapshot, no live disk (name a node of the disk itself)")
         self.graph.move(export.user, node)
-        export.node = node
+        before, export.node = export.node, node
+        return lambda: setattr(export, "node", before)
 
     # -- transactions
 
-    def run(self, actions: list[Callable[[list[Backup]], Callable[[], None] | None]], *, grouped: bool = False) -> None:
-        """Do ACTIONS as one: each appends to the list what is to start at the end, and returns how it is undone.
+    def run(self, actions: list[Callable[[list[Backup]], Callable[[], None] | None]], *, grouped: bool = False) -> list[JobRecord]:
+        """Do ACTIONS as one: each appends to the list what is to start at the end, and returns how it is undone. Return the jobs.
 
         grouped: the jobs complete together or not at all.
         """
@@ -171,7 +177,7 @@ class Nodes:
                     if step is not None:
                         undo.append(step)
                 self.graph.check()
-                self.backups.start(backups, grouped=grouped)
+                return self.backups.start(backups, grouped=grouped)
             except BaseException:
                 for backup in backups:
                     self.daemon.jobs.give_back(backup.id)

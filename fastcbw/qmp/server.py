@@ -9,17 +9,20 @@ that does not read.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import Listener
+from fastcbw.qmp.clients import Client, client_of, running_for
 from fastcbw.qmp.decoder import REQUEST_BYTES_LIMIT, Decoder, TooLong
 from fastcbw.qmp.errors import COMMAND_NOT_FOUND, QmpError
-from fastcbw.qmp.schema import Schema, split_request
+from fastcbw.qmp.schema import Command, Schema, split_request
 from fastcbw.version import __version__
 
 log = logging.getLogger("fastcbw.qmp")
@@ -45,17 +48,20 @@ class QmpServer:
 
     listener: what listen_unix() returned; the server owns it from here on.
     schema: the commands; each runs as ``run(context, **arguments)`` in a thread of the pool.
-    context: what the commands work on.
+    context: what the commands work on; current_client() in them tells who asks.
+    on_leave: called in a thread of the pool when the session of a client that had negotiated has ended, but not by close().
 
     emit() and close() may be called from any thread except the server's own.
     """
 
     def __init__(self, listener: Listener, schema: Schema, context, *, clients_limit: int = CLIENTS_LIMIT,
-                 request_bytes_limit: int = REQUEST_BYTES_LIMIT):
+                 request_bytes_limit: int = REQUEST_BYTES_LIMIT, on_leave: Callable[[Client], None] | None = None):
         self.schema = schema
         self.context = context
         self.clients_limit = clients_limit
         self.request_bytes_limit = request_bytes_limit
+        self._on_leave = on_leave
+        self._numbers = itertools.count(1)
         self._listener = listener
         self._sessions: set[_Session] = set()
         self._closed = False
@@ -130,6 +136,14 @@ class QmpServer:
         finally:
             self._sessions.discard(session)
             writer.close()
+            if self._on_leave is not None and session.negotiated and not self._closed:
+                self._pool.submit(self._leave, session.client)
+
+    def _leave(self, client: Client) -> None:
+        try:
+            self._on_leave(client)
+        except Exception:
+            log.exception("qmp: undoing what client %d left failed", client.number)
 
     def _broadcast(self, line: bytes) -> None:
         for session in list(self._sessions):
@@ -148,6 +162,7 @@ class _Session:
         self.stopping = False
         self.reading = False
         self.task = asyncio.current_task()
+        self.client = client_of(next(server._numbers), writer.get_extra_info("socket"))
 
     def stop(self) -> None:
         """End the session; after the reply to the request that runs, when one does."""
@@ -208,10 +223,14 @@ class _Session:
         command = self.server.schema.find(name)
         arguments = command.check(given)
         loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self.server._pool, lambda: command.run(self.server.context, **arguments))
+        result = await loop.run_in_executor(self.server._pool, self.run_command, command, arguments)
         if name == "qmp_capabilities":
             self.negotiated = True
         return {} if result is None else result
+
+    def run_command(self, command: Command, arguments: dict):
+        with running_for(self.client):
+            return command.run(self.server.context, **arguments)
 
 
 def _one_line(error: Exception) -> str:
