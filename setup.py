@@ -29,6 +29,7 @@ EXTENSIONS = [
     "fastcbw.block.direct",
     "fastcbw.block.delay",
     "fastcbw.block.fault",
+    "fastcbw.block.throttle",
     "fastcbw.block.python",
     "fastcbw.block.nbd_connection",
     "fastcbw.block.nbd",

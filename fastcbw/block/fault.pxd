@@ -12,10 +12,12 @@ cdef enum:
 cdef struct RuleState:          # all of it under FaultDevice.mutex
     bint used
     int operation
-    int code                    # the errno, positive
+    int code                    # the errno, positive; 0: it only stalls
+    int64_t stall_ns            # before it fails, or goes on to the child
     int64_t offset              # bytes; requests that touch offset..end match
     int64_t end
     int64_t skip                # matching requests still let through
+    int64_t skip_bytes          # bytes of matching requests still let through
     int64_t left                # matching requests still to fail; -1 = all
     int64_t hits                # requests failed by it
 

@@ -5,6 +5,7 @@ from fastcbw.block.device import BlockDevice
 
 Operation = Literal["read", "write", "zero", "discard", "flush", "status"]
 
+RULES_LIMIT: int
 OPERATION_NAMES: tuple[str, ...]
 
 class FaultDevice(BlockDevice):
@@ -16,7 +17,7 @@ class FaultDevice(BlockDevice):
     def requests(self) -> dict[str, int]: ...
     @property
     def bytes(self) -> dict[str, int]: ...
-    def __init__(self, child: BlockDevice, *, name: str | None = None) -> None: ...
+    def __init__(self, child: BlockDevice, *, name: str | None = None, io: str | None = None) -> None: ...
     def fail_on(
         self,
         operation: Operation,
@@ -26,6 +27,8 @@ class FaultDevice(BlockDevice):
         errno: int = ...,
         count: int = -1,
         after: int = 0,
+        after_bytes: int = 0,
+        stall_ms: float = 0,
     ) -> Rule: ...
     def reset_counts(self) -> None: ...
 

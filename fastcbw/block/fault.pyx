@@ -9,10 +9,11 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 import errno as _errno
 
-from fastcbw.block.device cimport BlockDevice, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo
+from fastcbw.block.device import engine_number as _engine_number
+from fastcbw.block.device cimport BlockDevice, ENGINE_SYNC, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
 
 cdef enum:
     READ = 0
@@ -22,18 +23,35 @@ cdef enum:
     FLUSH = 4
     STATUS = 5
 
+ERRNO_MAX = 4095
+STALL_MS_MAX = 3_600_000
+RULES_LIMIT = RULES_MAX
 OPERATION_NAMES = ("read", "write", "zero", "discard", "flush", "status")
 
 
-cdef class FaultDevice(BlockDevice):
-    """CHILD, failing where told. Closing it closes the child."""
+cdef void sleep_until(int64_t ns) noexcept nogil:
+    """Sleep until the monotonic clock reads NS; signals don't shorten it."""
+    cdef int64_t left = ns - now_ns()
+    while left > 0:
+        sleep_ns(left)
+        left = ns - now_ns()
 
-    def __cinit__(self, BlockDevice child not None, *, name=None):
+
+cdef class FaultDevice(BlockDevice):
+    """CHILD, failing where told. Closing it closes the child.
+
+    io: the engine of queues for this device; None: the child's. Rules that stall do so in the thread of the request.
+    """
+
+    def __cinit__(self, BlockDevice child not None, *, name=None, io=None):
         self.child = child
         self.length = child.length
         self.name = child.name if name is None else name
         self.read_only = child.read_only
         self.queueable, self.io_engine, self.always_waits = child.queueable, child.io_engine, child.always_waits
+        if io is not None:
+            self.io_engine = _engine_number(io)
+            self.queueable = self.io_engine != ENGINE_SYNC
         pthread_mutex_init(&self.mutex, NULL)
         self.ready = True
 
@@ -44,11 +62,12 @@ cdef class FaultDevice(BlockDevice):
     # -- control plane
 
     def fail_on(self, operation, int64_t offset=0, length=None, *, int errno=_errno.EIO, int64_t count=-1,
-                int64_t after=0):
+                int64_t after=0, int64_t after_bytes=0, double stall_ms=0):
         """Fail requests of OPERATION that touch a range (default: all) with ERRNO, and return the Rule.
 
         operation: "read", "write", "zero", "discard", "flush" (touches every range) or "status".
-        count: how many to fail, -1 for all from then on; after: how many matching ones pass before.
+        count: how many to fail, -1 for all from then on; after: how many matching ones pass before; after_bytes: as many bytes as
+        matching ones may move before, all together: a disk that fills up. stall_ms: they wait that long first, and with an errno of 0 go on.
         Raises ValueError for what makes no sense, RuntimeError when RULES_MAX rules are in use.
         """
         cdef Rule rule
@@ -58,10 +77,12 @@ cdef class FaultDevice(BlockDevice):
             raise ValueError(f"operation: {operation!r} does not exist (there are {', '.join(OPERATION_NAMES)})")
         kind = OPERATION_NAMES.index(operation)
         self.check_range(offset, end - offset)
-        if errno <= 0:
+        if errno < 0 or errno > ERRNO_MAX or (errno == 0 and not stall_ms):
             raise ValueError(f"errno: {errno} is no error number")
-        if count < -1 or after < 0:
-            raise ValueError(f"count, after: {count}, {after}: expected a count of -1 or more, after of 0 or more")
+        if count < -1 or after < 0 or after_bytes < 0:
+            raise ValueError(f"count, after, after_bytes: {count}, {after}, {after_bytes}: expected a count of -1 or more, the others 0 or more")
+        if not 0 <= stall_ms <= STALL_MS_MAX:
+            raise ValueError(f"stall_ms: {stall_ms} is not within 0 to {STALL_MS_MAX}")
         pthread_mutex_lock(&self.mutex)
         for i in range(RULES_MAX):
             if not self.rules[i].used:
@@ -71,7 +92,9 @@ cdef class FaultDevice(BlockDevice):
                 self.rules[i].code = errno
                 self.rules[i].offset = offset
                 self.rules[i].end = end
+                self.rules[i].stall_ns = <int64_t>(stall_ms * 1e6)
                 self.rules[i].skip = after
+                self.rules[i].skip_bytes = after_bytes
                 self.rules[i].left = count
                 self.rules[i].hits = 0
                 add_seq(&self.rules_used, 1)
@@ -125,6 +148,7 @@ cdef class FaultDevice(BlockDevice):
     cdef int meet(self, int operation, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         """Count the request; 0, or the -errno it fails with."""
         cdef RuleState *rule
+        cdef int64_t until = 0
         cdef int i, code = 0
         add_relaxed(&self.requests[operation], 1)
         if operation != FLUSH:
@@ -143,12 +167,20 @@ cdef class FaultDevice(BlockDevice):
             if rule.skip > 0:
                 rule.skip -= 1
                 continue
-            if code == 0:
+            if operation != FLUSH and rule.skip_bytes and rule.skip_bytes >= length:
+                rule.skip_bytes -= length
+                continue
+            rule.skip_bytes = 0         # full is full, also for a smaller one
+            if code == 0 and until == 0:
                 code = -rule.code
+                if rule.stall_ns:
+                    until = now_ns() + rule.stall_ns
                 rule.hits += 1
                 if rule.left > 0:
                     rule.left -= 1
         pthread_mutex_unlock(&self.mutex)
+        if until:
+            sleep_until(until)
         return code
 
     cdef bint has_rule(self, int operation, int64_t offset, int64_t length) noexcept nogil:

@@ -53,6 +53,7 @@ class Node:
     children: dict[str, Edge] = field(default_factory=dict)
     parents: list[Edge] = field(default_factory=list)
     base: Disk | None = None            # the disk that a node at the bottom becomes when a guest or a snapshot needs it
+    rules: list[Any] = field(default_factory=list)      # of a fault node: what fails
     server: Any = None                  # of a format that another process reads: that process
     snapshot: Snapshot | None = None    # of a copy-before-write node: what its snapshot-access nodes show
 

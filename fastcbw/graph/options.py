@@ -14,7 +14,7 @@ from fastcbw.errors import Error
 
 @dataclass(frozen=True)
 class NodeOption:
-    """One option of a kind. type: "str", "int", "bool", "dict" or "strings"; choices: all values of a "str"; ignored: why it may be
+    """One option of a kind. type: "str", "int", "bool", "dict", "dicts" or "strings"; choices: all values of a "str"; ignored: why it may be
     given and changes nothing here (QEMU has it, and every value of it means the same to us)."""
 
     name: str
@@ -41,6 +41,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63, "integer"),
     "bool": (lambda value: isinstance(value, bool), "boolean"),
     "dict": (lambda value: isinstance(value, dict), "object"),
+    "dicts": (lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value), "array of objects"),
     "strings": (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "array of strings"),
 }
 

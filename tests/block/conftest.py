@@ -16,6 +16,7 @@ from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.python import HOLE, ZERO, Device, PythonDevice
 from fastcbw.block.queued import QueuedDevice
+from fastcbw.block.throttle import ThrottleDevice
 from fastcbw.cbw.notifier import WriteNotifier
 from fastcbw.export.nbd.server import Server
 
@@ -65,7 +66,7 @@ def shm_path():
         yield pathlib.Path(path)
 
 
-KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", "notifier", *SERVERS,
+KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", "notifier", "throttle", *SERVERS,
          *(f"queue {engine} {kind}" for engine in ("sync", "threads", "uring") for kind in ("file", "direct", "memory")))
 
 
@@ -103,6 +104,8 @@ def make_device(request, tmp_path, shm_path):
                 device = DelayDevice(MemoryDevice(length))
             case "fault":
                 device = FaultDevice(MemoryDevice(length))
+            case "throttle":
+                device = ThrottleDevice(MemoryDevice(length), bps_total=1 << 40, iops_total=1_000_000)
             case "notifier":
                 device = WriteNotifier(MemoryDevice(length), MemoryDevice(length), cluster_size=4096)
                 device.begin()

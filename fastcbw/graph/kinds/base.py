@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastcbw.graph.options import NodeOption
 from fastcbw.graph.permissions import Needs
@@ -16,6 +16,10 @@ class Kind:
 
     children: QEMU's name of each child -> its role. through: the child whose very device the node uses, so that a
     guest above it is a guest of that child's disk; None: the node has bytes of its own. live: guests may write through it.
+    changeable: options that blockdev-reopen may change.
+
+    What has a device of its own above a child reads and writes `child.guest()`, the child's disk with the filter on it: so that the
+    child's bitmaps see what is written, and its snapshots are kept.
     """
 
     driver: str
@@ -23,6 +27,7 @@ class Kind:
     children: ClassVar[dict[str, str]] = {}
     through: ClassVar[str | None] = None
     live: ClassVar[bool] = True
+    changeable: ClassVar[tuple[str, ...]] = ()
 
     def open(self, node: Node) -> None:
         """Give NODE its device; its children are open and linked. An error leaves nothing open."""
@@ -32,6 +37,10 @@ class Kind:
         """Undo open(). Nobody uses the node any more."""
         if node.device is not None:
             node.device.close()
+
+    def change(self, node: Node, options: dict[str, Any]) -> None:
+        """Have NODE follow OPTIONS, checked ones, of which only `changeable` differ from its own. An error leaves it as it was."""
+        raise NotImplementedError
 
     def needs(self, node: Node, child: str, above: Needs) -> Needs:
         """What the edge to CHILD needs when the parents of NODE together need ABOVE. A filter passes that on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastcbw.block.delay import DelayDevice
 from fastcbw.graph.kinds.base import Kind
 from fastcbw.graph.node import Node
@@ -15,7 +17,17 @@ class Delay(Kind):
     options = (*(NodeOption(name, "int", f"milliseconds of a {name[:-3]}", least=0) for name in _MS),
                NodeOption("bytes-per-s", "int", "bandwidth of all requests together; 0: as it is", least=0))
     children = {"file": "filtered"}
+    changeable = (*_MS, "bytes-per-s")
 
     def open(self, node: Node) -> None:
-        delays = {name.replace("-", "_"): value for name, value in node.options.items() if name in (*_MS, "bytes-per-s")}
-        node.device = DelayDevice(node.children["file"].child.device, name=node.name, **delays)
+        node.device = DelayDevice(node.children["file"].child.guest(), name=node.name, io="threads", **self._delays(node.options))
+
+    def change(self, node: Node, options: dict[str, Any]) -> None:
+        node.device.set(**self._delays(options))
+
+    def _delays(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {name.replace("-", "_"): options.get(name, 0) for name in self.changeable}
+
+    def close(self, node: Node) -> None:
+        """The child is not ours."""
+        node.device.open_all()
