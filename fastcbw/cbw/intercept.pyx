@@ -31,7 +31,7 @@ from libc.string cimport memset, strerror
 from fastcbw.block.device cimport FUA, BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.heat cimport heat_note
-from fastcbw.cbw.keep cimport keep_ask, keep_make_room, keep_pread, keep_preadv, keep_preadv_nowait
+from fastcbw.cbw.keep cimport keep_ask, keep_has_any, keep_make_room, keep_pread, keep_preadv, keep_preadv_nowait
 from fastcbw.cbw.latency cimport LATENCY_PRESERVING, LATENCY_SETTLED, latency_begin, latency_end
 from fastcbw.cbw.lazy cimport guest_discard, lazy_cancel, lazy_recorded
 from fastcbw.cbw.locmap cimport WORD_NONE, WORD_ZERO, disk_word, map_place, ram_word
@@ -482,7 +482,7 @@ cdef void take_slots(EngineState state, Epoch *epoch, Copy *copy) noexcept nogil
     cdef uint32_t slots[ROUND_CLUSTERS]
     cdef Store *store = copy.snap.store
     cdef int i, taken = <int>slots_take(store, slots, copy.items_count)
-    if load_relaxed(&copy.snap.kept_count):
+    if keep_has_any(copy.snap):
         if taken < copy.items_count and keep_make_room(state, epoch, copy.snap, copy.items_count - taken):
             taken += <int>slots_take(store, slots + taken, copy.items_count - taken)
         keep_ask(state, copy.snap)

@@ -12,9 +12,10 @@ cdef enum:
 cdef int keep_fetch(EngineState state, Snap *snap, int64_t first, int64_t count, bint nowait) noexcept nogil
 cdef int64_t keep_step(const Snap *snap) noexcept nogil             # clusters of one keep_fetch
 
-# Drops unchanged RAM clusters of SNAP until WANT slots of its own store are free again, or nothing is left that can be
-# dropped; how many slots. The caller is counted in EPOCH; it may hold claims, nothing here waits for one.
+# Drops unchanged RAM clusters of SNAP, and what older ones have inherited there, until WANT slots of its own store are free again,
+# or nothing is left that can be dropped; how many slots. The caller is counted in EPOCH; it may hold claims, nothing here waits for one.
 cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, int64_t want) noexcept nogil
+cdef bint keep_has_any(const Snap *snap) noexcept nogil             # whether there may be anything of that kind
 # After a guest write took slots: has the keeper drop some when few are left.
 cdef void keep_ask(EngineState state, const Snap *snap) noexcept nogil
 cdef void keep_trim(EngineState state, Snap *snap) noexcept nogil   # what it does then, after a sweep

@@ -300,19 +300,46 @@ cdef void keep_sweep(EngineState state, Snap *snap) noexcept nogil:
             cluster = sparse_next_one(&snap.kept, cluster, clusters)
 
 
+cdef bint keep_has_any(const Snap *snap) noexcept nogil:
+    return load_relaxed(&snap.kept_count) != 0 or load_relaxed(&snap.store.inherited) != 0
+
+
 cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, int64_t want) noexcept nogil:
+    cdef Store *store = snap.store
+    cdef int64_t freed
+    cdef int i
+    cdef bint older = False, all_of_it = True
+    if not keep_has_any(snap) or epoch.geometry != snap.geometry or not in_need(epoch, snap):
+        return 0
+    pass_stop(state.stops, STOP_DROP_ENTERED)
+    freed = make_room_of(state, epoch, snap, snap, want, &all_of_it)
+    if freed < want and load_relaxed(&store.inherited):
+        # A reader's discard of SNAP has left some to an older one, which reads them here still. Noted again when some may be left.
+        store_seq(&store.inherited, 0)
+        all_of_it = True
+        for i in range(epoch.need_count):
+            if older and freed < want:
+                freed += make_room_of(state, epoch, epoch.need[i], snap, want - freed, &all_of_it)
+            older |= epoch.need[i] == snap
+        if freed >= want or not all_of_it:
+            store_seq(&store.inherited, 1)
+    return freed
+
+
+cdef int64_t make_room_of(EngineState state, const Epoch *epoch, Snap *owner, const Snap *snap, int64_t want, bint *all_of_it) noexcept nogil:
+    """Drop what OWNER keeps until WANT slots of SNAP's store are free; of another owner only what lies there. Not *all_of_it: some was left out."""
     cdef int64_t freed = 0
-    cdef int64_t clusters, cluster, start, w
+    cdef int64_t clusters = owner.geometry.clusters
+    cdef int64_t cluster, start, w
     cdef uint64_t bits, bit, word
     cdef int tries = 0, outcome
     cdef bint wrapped = False
-    if load_relaxed(&snap.kept_count) == 0 or epoch.geometry != snap.geometry or not in_need(epoch, snap):
-        return 0
-    pass_stop(state.stops, STOP_DROP_ENTERED)
-    clusters = snap.geometry.clusters
-    start = cluster = <int64_t>load_relaxed(&snap.kept_hand)
-    while freed < want and tries < DROP_TRIES and load_relaxed(&snap.kept_count):
-        cluster = sparse_next_one(&snap.kept, cluster, clusters)
+    start = cluster = <int64_t>load_relaxed(&owner.kept_hand)
+    while freed < want and load_relaxed(&owner.kept_count):
+        if tries >= DROP_TRIES:
+            all_of_it[0] = False
+            break
+        cluster = sparse_next_one(&owner.kept, cluster, clusters)
         if wrapped and cluster > start:
             break
         if cluster == clusters:
@@ -322,30 +349,37 @@ cdef int64_t keep_make_room(EngineState state, const Epoch *epoch, Snap *snap, i
             cluster = 0
             continue
         w = cluster // 64
-        take_changed(epoch, snap, w)
-        bits = load_relaxed(snap.kept.words + w) & (~(<uint64_t>0) << (cluster % 64))
+        take_changed(epoch, owner, w)
+        bits = load_relaxed(owner.kept.words + w) & (~(<uint64_t>0) << (cluster % 64))
         while bits and freed < want:
             bit = bits & (~bits + 1)
             bits ^= bit
             tries += 1
-            outcome = drop_one(state, epoch, snap, w * 64 + ctzll(bit), &word)
+            if owner != snap:
+                word = map_get(&owner.map, w * 64 + ctzll(bit))
+                if word_tag(word) != WORD_RAM or state.stores[word_store(word)] != snap.store:
+                    continue
+            outcome = drop_one(state, epoch, owner, w * 64 + ctzll(bit), &word)
             if outcome == NOT_NOW:
+                all_of_it[0] = False
                 return freed
+            if outcome == BUSY:
+                all_of_it[0] = False
             if outcome == DROPPED and state.stores[word_store(word)] == snap.store:
-                freed += 1      # what was handed over lies in the store of a snapshot that has ended
+                freed += 1      # what was handed over lies in the store of another snapshot
         if bits == 0:
             cluster = (w + 1) * 64
             if cluster > clusters:
                 cluster = clusters
         else:
             cluster = w * 64 + ctzll(bits)
-    store_relaxed(&snap.kept_hand, <uint64_t>(cluster if cluster < clusters else 0))
+    store_relaxed(&owner.kept_hand, <uint64_t>(cluster if cluster < clusters else 0))
     return freed
 
 
 cdef void keep_ask(EngineState state, const Snap *snap) noexcept nogil:
     cdef const Store *store = snap.store
-    if load_relaxed(&snap.kept_count) and store.slots_limit - store.slots_used < slots_reserve(store) // 2 \
+    if keep_has_any(snap) and store.slots_limit - store.slots_used < slots_reserve(store) // 2 \
             and cas_seq(&state.trim_wanted, 0, 1):
         wake_keeper(state)
 

@@ -31,7 +31,7 @@ from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticke
                                 claim_release, drain, enter, flip, in_copy, kept_set, leave, next_epoch, snap_break, snap_ref, snap_unref,
                                 summary_set, wake_keeper)
 from fastcbw.cbw.store cimport Store, store_drop, store_free
-from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, store_release, store_seq
+from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, store_relaxed, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic
 from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
 
@@ -229,6 +229,7 @@ cdef uint64_t hand_over_claimed(EngineState state, Epoch *epoch, Snap *snap, int
             summary_set(heir, cluster, word)
             if (load_relaxed(snap.kept.words + cluster // 64) >> (cluster % 64)) & 1:
                 kept_set(heir, cluster)
+                store_relaxed(&state.stores[word_store(word)].inherited, 1)
         store_release(map_place(&snap.map, cluster), WORD_NONE)
         if heir != NULL:
             word = WORD_NONE    # the heir's now: nothing to drop

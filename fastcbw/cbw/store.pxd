@@ -35,6 +35,7 @@ cdef struct Store:
     int64_t cluster_bytes
     pthread_mutex_t lock    # free list, log head, counters; held for a few instructions, never over I/O
     uint64_t pins           # atomic: readers of the log and copies under way that are not counted in an epoch
+    uint64_t inherited      # 1: a cluster that reads left in its RAM is an older snapshot's now; a hint, see cbw/keep (atomic)
     bint retired            # its snapshot has ended: it goes when no word names anything in it (control)
     Room *room              # the engine's: who is told when room is freed, or when the flusher is wanted
     Rate filling            # net clusters taken, both tiers; under `lock`

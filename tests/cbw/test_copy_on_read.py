@@ -355,3 +355,24 @@ def test_what_was_changed_spills_and_makes_room_for_further_reads(engine, shm_pa
             wait_until(lambda: engine.flusher_idle)
         assert engine.report("s")["ram_bytes"] <= 8 * K
     assert view.read(0, LENGTH) == b"".join(map(content, range(CLUSTERS)))
+
+
+@pytest.mark.parametrize("by", ["a first touch", "the flusher"])
+def test_what_an_older_snapshot_inherits_in_a_live_store_is_dropped_for_room_there(engine, by, shm_path):
+    """A reader discards of the newer one what copy-on-read left there: the older one reads it on, in the newer one's RAM."""
+    older = engine.snapshot("s1", ram="1M")
+    spill = {"spill": shm_path, "spill_limit": "1M"} if by == "the flusher" else {}
+    newer = engine.snapshot("s2", ram=16 * K, **spill)
+    newer.cache(0, 12 * K)
+    newer.discard(0, 12 * K)
+    assert (engine.report("s1")["kept_clusters"], engine.report("s2")["kept_clusters"], engine.report("s2")["ram_bytes"]) == (12, 0, 12 * K)
+    if by == "the flusher":
+        engine.set_limits("s2", ram=4 * K)
+        wait_until(lambda: engine.flusher_idle and engine.report("s2")["ram_bytes"] <= 4 * K)
+        assert engine.report("s2")["disk_bytes"] == 0          # never in the disk tier
+    else:
+        for cluster in range(20, 36):
+            engine.device.write(cluster * K, b"n" * K)
+        assert engine.report("s2")["ram_bytes"] == 16 * K and engine.report("s2")["state"] == "live"
+    assert engine.report("s1")["kept_clusters"] <= 4
+    assert newer.read(20 * K, K) == content(20) and older.read(0, 12 * K) == b"".join(map(content, range(12)))
