@@ -64,7 +64,8 @@ def _snapshot_drop(daemon: Daemon, name: str, disks: list) -> list:
 
 
 def _snapshot_list(daemon: Daemon) -> list:
-    return [_describe(snapshot, daemon) for disk in list(daemon.disks.values()) for snapshot in disk.snapshots.values()]
+    with daemon.changing():
+        return [_describe(snapshot, daemon) for disk in daemon.live_disks().values() for snapshot in disk.snapshots.values()]
 
 
 def _backup(daemon: Daemon, disk: str, target: str, snapshot: str | None = None, job_id: str | None = None,

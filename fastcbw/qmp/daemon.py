@@ -83,12 +83,20 @@ class Daemon:
         """Return the names of all exports: each disk, then its snapshots."""
         with self._change:
             names = []
-            for name, disk in self.disks.items():
-                names.append(name)
+            for name, disk in self.live_disks().items():
+                names += [name] if name in self.disks else []
                 names += [f"{name}@{snapshot}" for snapshot in disk.snapshots]
+            if self.nbd is not None:        # snapshots of jobs and nodes are not exported by that name
+                names = [name for name in names if name in self.nbd.exports]
             return names + [export.name for export in self.nodes.exports.values()]
 
     # -- disks and snapshots
+
+    def live_disks(self) -> dict[str, object]:
+        """Return all disks with an engine, by name: those that are served, then those of nodes that somebody writes or takes
+        snapshots of. With the change lock held."""
+        bases = [node.base for node in self.nodes.graph.nodes.values() if node.base is not None]
+        return self.disks | {disk.name: disk for disk in bases}
 
     def add_disk(self, disk) -> None:
         """Take DISK over, a Disk whose name is its export's; close() closes it."""
@@ -265,7 +273,7 @@ class Daemon:
                     "exports": [{**export, "uri": self.uri(export["name"])} for export in self.nbd.status()["exports"]],
                 },
                 "qmp": None if self.qmp is None else {"clients": self.qmp.clients},
-                "disks": {name: disk.status() for name, disk in self.disks.items()},
+                "disks": {name: disk.status() for name, disk in self.live_disks().items()},
                 "jobs": [record.describe() for record in self.jobs.all()],
                 "bound": self.bound.describe(),
             }

@@ -68,6 +68,7 @@ class Nodes:
                 "node-name": node.name, "drv": node.kind.driver, "ro": node.read_only, "file": image["filename"],
                 "encrypted": False, "detect_zeroes": "off", "backing_file_depth": 0, "active": True, "write_threshold": 0,
                 "cache": {"writeback": True, "direct": bool(node.options.get("cache", {}).get("direct")), "no-flush": False},
+                **({} if node.base is None else {"dirty-bitmaps": node.base._engine.bitmaps.report()}),
                 "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0, "image": image,
             })
         return described
