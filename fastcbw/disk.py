@@ -32,6 +32,8 @@ from fastcbw.export.nbd.contexts import MetaContext
 from fastcbw.export.nbd.dirty import contexts_of_disk, contexts_of_snapshot
 from fastcbw.export.nbd.server import Server
 from fastcbw.jobs.backup import BackupJob
+from fastcbw.jobs.job import Job
+from fastcbw.jobs.preserve import PreserveJob
 from fastcbw.units import parse_size
 
 _numbers = itertools.count(1)
@@ -95,7 +97,7 @@ class Disk:
         self._engine = Engine(device)
         self.device = self._engine.device
         self.snapshots: dict[str, Snapshot] = {}
-        self._jobs: weakref.WeakSet[BackupJob] = weakref.WeakSet()
+        self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         self._server: Server | None = None
         self._lock = threading.RLock()
         self._closed = False
@@ -279,6 +281,35 @@ class Snapshot:
             self.disk._engine.consumer_begin(self.device)
         self.disk._jobs.add(job)
         return job.start()
+
+    def preserve(self, target: BlockDevice, **options: Any) -> PreserveJob:
+        """Start copying to TARGET, each at its offset, the clusters that the guest overwrites, and drop them here; return the job.
+
+        It goes on until cancel(), and copies what is preserved by then. Nobody else may read the snapshot meanwhile.
+        Keywords: workers=1, rate=None. Raises ValueError, TypeError, Error (in use); then nothing has begun.
+        """
+        if target is self.device or target is self.disk.device or target is self.disk._child:
+            raise ValueError(f"target {target.name}: is the source itself (name another device)")
+        if self._holds:
+            raise self._in_use()
+        self.hold()
+        try:
+            job = PreserveJob(self.device, target, broken=self._why_broken, on_release=self._end_preserve, **options)
+        except BaseException:
+            self.release()
+            raise
+        self.disk._engine.consumer_begin(self.device)       # who waits for room gets it from the job
+        self.disk._jobs.add(job)
+        job.start()
+        return job
+
+    def _why_broken(self) -> str | None:
+        status = self.status()
+        return None if status["state"] == "live" else f"{self.disk.name}@{self.name}: {status.get('reason') or 'the snapshot broke'}"
+
+    def _end_preserve(self) -> None:
+        self.disk._engine.consumer_end(self.device)
+        self.release()
 
     def contexts(self) -> dict[str, MetaContext]:
         """Return the meta contexts that exports of the snapshot offer beside base:allocation."""

@@ -22,6 +22,8 @@ cdef enum:
 
 cdef class Copier:
     cdef readonly BlockDevice source
+    cdef bint watching                  # only what gets into a store is copied, until finish()
+    cdef uint64_t finishing             # atomic
     cdef DirtyWords copied              # what is in the target is marked here; or None
     cdef readonly BlockDevice target
     cdef readonly int64_t chunk         # bytes of one read and write
@@ -46,6 +48,7 @@ cdef class Copier:
     cdef bint next_piece(self, Piece *piece) noexcept nogil
     cdef void note_error(self, int code, int doing, int64_t offset, int64_t length) noexcept nogil
     cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil
+    cdef bint await_more(self, int64_t *polls) noexcept nogil
     cdef void note_copied(self, const Piece *piece) noexcept nogil
     cdef void consume(self, const Piece *piece) noexcept nogil
     cdef int copy_piece(self, const Piece *piece, char *buffer) noexcept nogil

@@ -26,7 +26,7 @@ from fastcbw.cbw.discard cimport granule_bytes
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_seq, store_seq
 from fastcbw.kernels.bytes cimport is_zero
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background
+from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background, sleep_ns
 
 from fastcbw.cbw.offload import behind_for
 
@@ -34,6 +34,8 @@ cdef enum:
     DIFFERS = -2000             # an error code beside -errno and the reader's own: two devices differ
 
 cdef int64_t BLOCK = 4096
+cdef int64_t POLL_NS = 5000000
+cdef int64_t POLLS_BLIND = 100           # after so many a watching copier looks though nobody said that there is something
 cdef int64_t ZEROES_CONSUMED_MAX = 1 << 30
 cdef int64_t BEHIND_BYTES = 4 << 20      # of each worker, under way to a device
 cdef int WORKERS_UNBOUND = 1 << 20       # without a pace: all that call run()
@@ -55,13 +57,14 @@ cdef class Copier:
     chunk: bytes of one read and one write, a multiple of 4 KiB. order: see Order. target_is_zero: every byte of the
     target reads as zero now. comparing: read both and report the first difference as an error. pace: default: every worker, chunk bytes
     a step. offload: of offload_for(); digests and comparing want the data to pass through here. copied: words in which whole granules
-    are marked when they are in the target.
+    are marked when they are in the target. watching: copy of a snapshot what guest writes have preserved, as they go on, until
+    finish(); order is then nobody's choice.
     Call run() in as many threads as shall work; when all have returned, look at `error`.
     """
 
     def __cinit__(self, BlockDevice source not None, BlockDevice target not None, *, int64_t chunk=1 << 18,
                   str order="sequential", bint target_is_zero=False, bint comparing=False, bint consuming=False, Pace pace=None,
-                  Offload offload=None, DirtyWords copied=None):
+                  Offload offload=None, DirtyWords copied=None, bint watching=False):
         if chunk < BLOCK or chunk % BLOCK:
             raise ValueError(f"chunk: {chunk} is no multiple of {BLOCK}")
         if target.length < source.length:
@@ -74,7 +77,8 @@ cdef class Copier:
         self.copied = copied
         self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
         self.offload = None if comparing else offload
-        self.order = Order(source, order, chunk=chunk)
+        self.watching = watching
+        self.order = Order(source, "disk-early" if watching else order, chunk=chunk, stored_only=watching)
         if consuming and (comparing or not isinstance(source, SnapshotDevice)):
             raise ValueError(f"consuming: {source.name} is no snapshot, or is to be compared")
         self.consuming = <SnapshotDevice>source if consuming else None
@@ -93,6 +97,7 @@ cdef class Copier:
         cdef Piece piece
         cdef char *buffer
         cdef char *other = NULL
+        cdef int64_t polls = 0
         cdef Behind behind = None if self.comparing else behind_for(self.target, BEHIND_BYTES)
         with nogil:
             if in_background:
@@ -106,6 +111,8 @@ cdef class Copier:
                 while self.pace.take():
                     if not self.next_piece(&piece):
                         self.pace.give()
+                        if self.watching and self.await_more(&polls):
+                            continue
                         break
                     if self.work(&piece, buffer, other, behind):
                         self.pace.give()
@@ -149,6 +156,20 @@ cdef class Copier:
             add_seq(&self.done_bytes, <uint64_t>step.length)
             at += step.length
         return 0
+
+    cdef bint await_more(self, int64_t *polls) noexcept nogil:
+        """Watching, and nothing is left: wait for more of it. False when the end has come. POLLS: of this worker; negative: its last round."""
+        if load_seq(&self.cancelled) or load_seq(&self.failed) or polls[0] < 0:
+            return False
+        if load_seq(&self.finishing):
+            polls[0] = -1       # what was preserved before finish() is found by this round: it begins after it
+            self.order.again()
+            return True
+        sleep_ns(POLL_NS)
+        polls[0] += 1
+        if self.order.arrived() or polls[0] % POLLS_BLIND == 0:
+            self.order.again()
+        return True
 
     cdef void note_copied(self, const Piece *piece) noexcept nogil:
         """Rounded inwards: what is marked as copied is; a granule that two pieces share counts as not copied."""
@@ -325,6 +346,10 @@ cdef class Copier:
         return code > 0
 
     # -- control plane
+
+    def finish(self):
+        """Watching: copy what guest writes have preserved until now, and end."""
+        store_seq(&self.finishing, 1)
 
     def cancel(self):
         """Let the workers end after their present step."""

@@ -47,6 +47,7 @@ cdef class Order:
     cdef Classes classes
     cdef pthread_mutex_t lock           # over everything below
     cdef int64_t at[KINDS + 1]          # by class: the walk's next cluster; the last walk takes whatever is left
+    cdef bint stored_only               # nothing but what is in a store is handed out, as it gets there; see again()
     cdef bint dry[KINDS + 1]            # the walk of this class has come to the end
     cdef int64_t handed_out             # runs since the walks of dry classes began again
     cdef uint64_t arrivals              # of geometry.recent_count: new clusters in RAM were looked for up to here
@@ -64,8 +65,13 @@ cdef class Order:
     # Any thread. Each byte of the source is in one piece, but for what is not in the snapshot.
     cdef int next(self, Piece *piece) noexcept nogil
 
+    # With stored_only: has there been a first touch since the last again() (a hint); look from the beginning once more. Any thread.
+    cdef bint arrived(self) noexcept nogil
+    cdef void again(self) noexcept nogil
+
     cdef int next_locked(self, Piece *piece) noexcept nogil
     cdef bint choose(self, Run *run, int64_t limit, int64_t part) noexcept nogil
+    cdef bint choose_stored(self, Run *run, int64_t limit) noexcept nogil
     cdef bint choose_arrival(self, Run *run, int64_t limit, int64_t part) noexcept nogil
     cdef bint choose_hot(self, Run *run, int64_t limit) noexcept nogil
     cdef void gather(self, Run *run, int64_t part) noexcept nogil

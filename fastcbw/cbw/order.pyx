@@ -64,10 +64,11 @@ cdef class Order:
     """Hands out all of SOURCE, piece by piece.
 
     policy: a list of policies with commas; those that ask where old data is need a snapshot, of anything else all is alike.
-    chunk: bytes, the longest piece of data; zeroes that are known come in pieces of any length.
+    chunk: bytes, the longest piece of data; zeroes that are known come in pieces of any length. stored_only: of a snapshot, under a
+    policy that tells kinds apart: only what is in a store; more of it comes with every first touch.
     """
 
-    def __cinit__(self, BlockDevice source not None, str policy="sequential", *, int64_t chunk=1 << 18):
+    def __cinit__(self, BlockDevice source not None, str policy="sequential", *, int64_t chunk=1 << 18, bint stored_only=False):
         cdef Snap *snap
         if chunk < 512:
             raise ValueError(f"chunk: {chunk} is less than 512")
@@ -84,6 +85,9 @@ cdef class Order:
             self.arrivals = load_relaxed(&snap.geometry.recent_count)
         else:
             self.classes.count = 1
+        self.stored_only = stored_only
+        if stored_only and self.classes.count == 1:
+            raise ValueError(f"stored_only: {source.name} is no snapshot, or {policy!r} tells nothing apart")
         self.clusters = (source.length + ((<int64_t>1) << self.bits) - 1) >> self.bits
         if self.classes.count > 1:
             self.taken.length = self.clusters
@@ -186,6 +190,8 @@ cdef class Order:
             run.of_class = 0
             run.in_ram = False
             return run.count > 0
+        if self.stored_only:
+            return self.choose_stored(run, limit)
         self.handed_out += 1
         if self.handed_out > AGAIN:
             self.handed_out = 0
@@ -216,6 +222,24 @@ cdef class Order:
             run.of_class = self.classes.count - 1
             return True
         return False
+
+    cdef bint choose_stored(self, Run *run, int64_t limit) noexcept nogil:
+        """The next run that is in a store; none is left until again()."""
+        if self.walk((1 << RAM) | (1 << DISK) | (1 << ZERO), self.at[0], self.clusters, limit, run):
+            self.at[0] = run.first
+            run.of_class = 0
+            return True
+        self.at[0] = self.clusters
+        return False
+
+    cdef bint arrived(self) noexcept nogil:
+        return load_relaxed(&self.snapshot.snap.geometry.recent_count) != self.arrivals
+
+    cdef void again(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.arrivals = load_relaxed(&self.snapshot.snap.geometry.recent_count)
+        self.at[0] = 0
+        pthread_mutex_unlock(&self.lock)
 
     cdef bint choose_arrival(self, Run *run, int64_t limit, int64_t part) noexcept nogil:
         """A run that a first touch has put into RAM since the last look."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastcbw.cbw.notifier import WriteNotifier
 from fastcbw.cbw.options import check_name
 from fastcbw.disk import Disk, Snapshot, group
 from fastcbw.errors import Error
 from fastcbw.graph.graph import Graph
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import READER, TARGET
+from fastcbw.jobs.write_notifier import WriteNotifierJob
 from fastcbw.qmp.jobs import JobGroup, JobRecord
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Backup:
         self.sync, self.mode = sync, mode               # mode: of its bitmap, None without
         self.options, self.ends = options, ends         # ends: auto_dismiss, auto_finalize
         self.snapshot: dict[str, Any] = {}              # options of the snapshot that is taken for it
+        self.notifies = False                           # by the old scheme: guests write old data to the target, no snapshot is taken
 
 
 class Backups:
@@ -61,14 +64,23 @@ class Backups:
         if speed:
             options["rate"] = speed
         id = device if job_id is None else check_name(job_id, "job id")
-        user = self.graph.attach(f"job '{id}'", [(source, "source", "source", READER), (destination, "target", "target", TARGET)],
-                                 guarded=source if source.kind.live else None)
+        if sync == "none" and not source.kind.live:
+            raise Error(f"node '{device}': nobody writes a snapshot, so there is nothing for sync 'none' to copy (name the disk)")
+        notifies = self._is_own_target(source, destination)
+        if notifies and (sync not in ("full", "top") or bitmap is not None):
+            raise Error(f"node '{device}': the old scheme knows sync full without a bitmap (name the disk below it for '{sync}')")
+        # The target of a write notifier is its own already.
+        uses = [(source, "source", "source", READER), *([] if notifies else [(destination, "target", "target", TARGET)])]
+        user = self.graph.attach(f"job '{id}'", uses, guarded=source if source.kind.live else None)
         try:
             id = self.daemon.jobs.reserve(id)
         except BaseException:
             self.graph.detach(user)
             raise
         backup = Backup(id, source, destination, user, sync, mode, options, {"auto_dismiss": auto_dismiss, "auto_finalize": auto_finalize})
+        backup.notifies = notifies
+        if sync == "none":
+            backup.snapshot = {"on_full": "wait"}       # the job makes room
         if bitmap is not None:
             backup.snapshot = {"bitmap": bitmap, "bitmap_for": None if mode == "never" else f"job '{id}'", "whole": sync not in ("bitmap", "incremental")}
             options["tracks"] = mode == "always"
@@ -83,14 +95,27 @@ class Backups:
         if found.user is not None:
             raise Error(f"Bitmap '{name}' is currently in use by another operation and cannot be used (by {found.user})")
 
+    @staticmethod
+    def _is_own_target(source: Node, target: Node) -> bool:
+        """Whether SOURCE is a write notifier with that TARGET: any other target is served from a snapshot of what it shows."""
+        return isinstance(source.device, WriteNotifier) and source.children["target"].child is target
+
     def start(self, backups: list[Backup], *, grouped: bool = False) -> list[JobRecord]:
         """Begin all of BACKUPS, those of live disks at one instant; or none, and an error. grouped: they complete together."""
-        live = [backup for backup in backups if backup.source.kind.live]
+        if len(backups) > 1 and any(backup.notifies for backup in backups):
+            raise Error("blockdev-backup: several disks of one instant need snapshots (name the disks below the write notifiers)")
+        live = [backup for backup in backups if backup.source.kind.live and not backup.notifies]
         made = self._take_snapshots(live)
         jobs: list[tuple[Backup, Any]] = []
         try:
             for backup in backups:
+                if backup.notifies:
+                    jobs.append((backup, WriteNotifierJob(backup.source.device, **backup.options).start()))
+                    continue
                 snapshot = made.get(backup) or backup.source.snapshot
+                if backup.sync == "none":
+                    jobs.append((backup, snapshot.preserve(backup.target.device, **backup.options)))
+                    continue
                 jobs.append((backup, snapshot.backup(backup.target.device, **backup.options)))
         except BaseException:
             for _, job in jobs:
@@ -152,6 +177,4 @@ def check_sync(sync: str, bitmap: str | None, mode: str | None) -> str | None:
             raise Error(f"Bitmap sync mode 'never' has no meaningful effect when combined with sync mode '{sync}'")
     elif mode is not None:
         raise Error("Cannot specify bitmap sync mode without a bitmap")
-    if sync == "none":
-        raise Error("sync: 'none' is not built yet (what exists: full, top, incremental, bitmap)")
     return mode

@@ -1,4 +1,4 @@
-"""The scenario of the founding discussion's own test in its forms, by QMP: an unmodified qemu.qmp client, qemu-io as guest and as reader."""
+"""The scenario of the founding discussion's own test in its five forms, by QMP: an unmodified qemu.qmp client, qemu-io as guest and as reader."""
 
 import asyncio
 import subprocess
@@ -149,5 +149,38 @@ def test_a_push_job_slowed_to_one_byte_a_second_and_set_free_after_the_guests_wr
         await session("block-export-del", id="look")
         await session("blockdev-del", node_name="target")
         await session.take_out()
+
+    play(tmp_path, script)
+
+
+def test_the_old_scheme_of_a_write_notifier(tmp_path):
+    """The guest writes what it overwrites to the target, past a job that is all but stopped; then the job copies the rest."""
+    async def script(session):
+        with open(tmp_path / "target.img", "wb") as file:
+            file.truncate(64 * M)
+        await session.client.execute("blockdev-add", raw("target", tmp_path / "target.img"))
+        await session("block-export-del", id="guest")
+        await session("blockdev-add", driver="x-fastcbw-write-notifier", node_name="old", file="disk", target="target")
+        await session("block-export-add", type="nbd", id="guest", node_name="old", name="vm", writable=True)
+        with session.client.listener(names=("JOB_STATUS_CHANGE",)) as events:
+            await session("blockdev-backup", job_id="push", device="old", target="target", sync="full", speed=1)
+            await session.io("vm", "write", AFTER)
+            await session.io("vm", "read", AFTER + UNTOUCHED)
+            assert (await session("query-block-jobs"))[0]["status"] == "running"
+            data = (tmp_path / "target.img").read_bytes()
+            for pattern, offset, length in [BEFORE[0], (0xD5, 1 * M, 32 * K), (0xDC, 0x2008000, 32 * K), *ZEROES]:
+                assert data[offset : offset + length] == bytes([pattern]) * length
+            await session("block-job-set-speed", device="push", speed=0)
+            seen = []
+            while seen[-1:] != ["null"]:
+                seen.append((await asyncio.wait_for(events.get(), 60))["data"]["status"])
+        assert seen == ["created", "running", "waiting", "pending", "concluded", "null"]
+        await session("block-export-del", id="guest")
+        await session("blockdev-del", node_name="old")
+        await session("block-export-add", type="nbd", id="look", node_name="target")
+        await session.io("target", "read", BEFORE + ZEROES)
+        await session("block-export-del", id="look")
+        await session("blockdev-del", node_name="target")
+        await session("block-export-add", type="nbd", id="guest", node_name="disk", name="vm", writable=True)
 
     play(tmp_path, script)

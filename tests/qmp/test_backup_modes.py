@@ -254,3 +254,40 @@ def test_nobody_may_write_below_the_source_of_a_backup_past_it(daemon, execute, 
 def test_properties_of_a_transaction_that_make_no_sense_are_refused(execute, properties, words):
     with pytest.raises(Error, match=words):
         execute("transaction", actions=[], properties=properties)
+
+
+@pytest.mark.parametrize("given, words", [({"sync": "incremental", "bitmap": "b"}, "could not be found|old scheme knows sync full"),
+                                          ({"sync": "none"}, "old scheme knows sync full")])
+def test_the_old_scheme_makes_full_backups_only_and_one_at_a_time(daemon, execute, given, words):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="m", size=LENGTH)
+    execute("blockdev-add", driver="x-fastcbw-write-notifier", node_name="old", file="m", target="to-a")
+    with pytest.raises(Error, match=words):
+        execute("blockdev-backup", device="old", target="to-a", job_id="j", **given)
+    with pytest.raises(Error, match="several disks of one instant need snapshots"):
+        execute("transaction", actions=[{"type": "blockdev-backup", "data": {"device": "old", "target": "to-a", "sync": "full"}},
+                                        {"type": "blockdev-backup", "data": {"device": "b", "target": "to-b", "sync": "full"}}])
+    assert execute("query-jobs") == []
+
+
+def test_sync_none_copies_what_the_guest_overwrites_until_it_is_cancelled(daemon, remote, execute):
+    disk = daemon.disks["a"]
+    disk.write(0, b"x" * 64 * K)
+    start(execute, sync="none")
+    disk.write(8 * K, b"y" * 4 * K)
+    (job,) = execute("query-block-jobs")
+    assert (job["status"], job["len"]) == ("running", LENGTH)
+    execute("block-job-cancel", device="ja")
+    assert outcome(daemon) == "cancelled"
+    assert target(daemon).read(0, 16 * K) == bytes(8 * K) + b"x" * 4 * K + bytes(4 * K)
+    execute("query-version")
+    seen = [event["data"]["status"] for event in remote.client.events if event["event"] == "JOB_STATUS_CHANGE"]
+    assert seen == ["created", "running", "aborting", "concluded"] and not disk.snapshots
+    assert daemon.nodes.graph.find("to-a").parents == []
+
+
+def test_sync_none_of_a_snapshot_is_refused(daemon, execute):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="m", size=LENGTH)
+    execute("blockdev-add", driver="copy-before-write", node_name="cbw", file="m", target="to-b")
+    execute("blockdev-add", driver="snapshot-access", node_name="snap", file="cbw")
+    with pytest.raises(Error, match="nobody writes a snapshot"):
+        execute("blockdev-backup", device="snap", target="to-a", sync="none")

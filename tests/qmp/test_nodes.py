@@ -175,7 +175,6 @@ def test_a_transaction_that_fails_undoes_nodes_exports_and_jobs(daemon, disk, ex
     ({"sync": "full", "bitmap-mode": "always"}, "Cannot specify bitmap sync mode without a bitmap"),
     ({"sync": "incremental"}, "must provide a valid bitmap name for 'incremental' sync mode"),
     ({"sync": "incremental", "bitmap": "b", "bitmap-mode": "always"}, "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'"),
-    ({"sync": "none"}, "sync: 'none' is not built yet"),
     ({"sync": "full", "speed": -1}, "Parameter 'speed' expects a non-negative value"),
     ({"sync": "full", "compress": True}, "Parameter 'compress' does not accept value 'True'"),
     ({"sync": "full", "on-target-error": "stop"}, "Parameter 'on-target-error' does not accept value 'stop'"),
