@@ -30,6 +30,7 @@ EXTENSIONS = [
     "fastcbw.block.delay",
     "fastcbw.block.fault",
     "fastcbw.block.throttle",
+    "fastcbw.block.cache",
     "fastcbw.block.python",
     "fastcbw.block.nbd_connection",
     "fastcbw.block.nbd",

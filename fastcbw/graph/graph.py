@@ -89,6 +89,7 @@ class Graph:
             self._leaving.append(node)
             return
         self._check_unused(node, [])
+        node.kind.settle(node)
         self._close(node)
         self._refresh()
 
@@ -114,6 +115,8 @@ class Graph:
             undo, leaving = self._undo, self._leaving
             self._undo = None
             self._check_leaving(leaving)
+            for node in leaving:
+                node.kind.settle(node)
         except BaseException:
             undo = self._undo if self._undo is not None else undo
             self._undo = []             # checks are put off until all is as it was

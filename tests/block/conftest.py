@@ -9,6 +9,7 @@ import time
 import pytest
 from nbd_servers import SERVERS, ServedDevices
 
+from fastcbw.block.cache import CacheDevice
 from fastcbw.block.delay import DelayDevice
 from fastcbw.block.direct import DirectDevice
 from fastcbw.block.fault import FaultDevice
@@ -66,7 +67,7 @@ def shm_path():
         yield pathlib.Path(path)
 
 
-KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", "notifier", "throttle", *SERVERS,
+KINDS = ("memory", "tmpfs file", "disk file", "direct", "direct 4096", "delay", "fault", "python", "notifier", "throttle", "cache", "writeback cache", *SERVERS,
          *(f"queue {engine} {kind}" for engine in ("sync", "threads", "uring") for kind in ("file", "direct", "memory")))
 
 
@@ -104,6 +105,8 @@ def make_device(request, tmp_path, shm_path):
                 device = DelayDevice(MemoryDevice(length))
             case "fault":
                 device = FaultDevice(MemoryDevice(length))
+            case "cache" | "writeback cache":
+                device = CacheDevice(MemoryDevice(length), size="1M", writeback=request.param == "writeback cache")
             case "throttle":
                 device = ThrottleDevice(MemoryDevice(length), bps_total=1 << 40, iops_total=1_000_000)
             case "notifier":

@@ -30,6 +30,8 @@ FILTERS = {
     "throttle": {"limits": {"bps-total": 1 << 30, "iops-write": 1_000_000, "iops-size": 4096}},
     "x-fastcbw-fault": {"rules": []},
     "x-fastcbw-delay": {"read-ms": 1},
+    "x-fastcbw-cache": {"size": 1 << 20},
+    "copy-on-read": {},
 }
 
 
@@ -41,6 +43,7 @@ def filter_node(driver, **more):
 def test_what_is_written_through_a_filter_is_on_its_child_and_stays_when_it_goes(graph, driver):
     graph.add([memory("disk"), filter_node(driver)])
     graph.find("filter").guest().write(4096, b"data" * 1024)
+    graph.find("filter").guest().flush()
     assert graph.find("disk").guest().read(4096, 8) == b"datadata"
     graph.remove("filter")
     assert graph.find("disk").guest().read(4096, 8) == b"datadata"
@@ -53,6 +56,7 @@ def test_a_filter_above_a_disk_keeps_its_bitmaps_and_its_snapshots(graph, driver
     bitmap = graph.find("disk").disk().add_bitmap("b")
     snapshot = graph.find("disk").disk().snapshot("s")
     graph.find("filter").guest().write(65536, b"new!")
+    graph.find("filter").guest().flush()
     assert bitmap.extents().tolist() == [(65536, 65536)]
     assert snapshot.read(65536, 4) == bytes(4)
     snapshot.close()
@@ -167,3 +171,60 @@ def test_a_throttled_device_is_what_the_node_has(graph):
     graph.add([memory("disk"), filter_node("throttle")])
     assert isinstance(graph.find("filter").device, ThrottleDevice)
     assert graph.find("filter").device.limits == {"bps_total": 1 << 30, "iops_write": 1_000_000, "iops_size": 4096}
+
+
+def test_a_cache_keeps_writes_back_until_it_goes(graph):
+    graph.add([memory("disk"), filter_node("x-fastcbw-cache")])
+    graph.find("filter").guest().write(0, b"data" * 1024)
+    assert graph.find("disk").guest().read(0, 4) == bytes(4) and graph.find("filter").guest().read(0, 4) == b"data"
+    graph.remove("filter")
+    assert graph.find("disk").guest().read(0, 4096) == b"data" * 1024
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_cache_that_cannot_be_written_back_stays(graph, together):
+    rule = {"operation": "write", "errno": "ENOSPC", "count": 1}
+    graph.add([memory("disk"), {"driver": "x-fastcbw-fault", "node-name": "bad", "file": "disk", "rules": [rule]},
+               filter_node("x-fastcbw-cache", file="bad")])
+    graph.find("filter").guest().write(0, b"data" * 1024)
+    with pytest.raises(OSError, match="No space left"):
+        if together:
+            with graph.transaction():
+                graph.remove("filter")
+        else:
+            graph.remove("filter")
+    assert graph.find("filter").guest().read(0, 4) == b"data"
+    graph.remove("filter")
+    assert graph.find("disk").guest().read(0, 4096) == b"data" * 1024
+
+
+def test_copy_on_read_reads_the_source_once_and_leaves_it_as_it_is(graph):
+    graph.add([memory("disk"), {"driver": "x-fastcbw-fault", "node-name": "once", "file": "disk",
+                                "rules": [{"operation": "read", "after": 1}]}, filter_node("copy-on-read", file="once")])
+    for _ in range(3):
+        assert graph.find("filter").guest().read(4096, 8192) == bytes(8192)
+    assert graph.find("filter").device.counters() == {"hit": 16384, "read": 8192, "written_back": 0, "dirty": 0, "used": 8192}
+
+
+def test_a_cache_is_the_store_of_a_copy_before_write_node(graph):
+    """Old data beyond the RAM tier goes to a slow device, through a cache that takes it at once."""
+    graph.add([memory("disk"), memory("temp", 4 * LENGTH), {"driver": "x-fastcbw-cache", "node-name": "store", "file": "temp", "size": 1 << 20},
+               {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "store", "ram": 0},
+               {"driver": "snapshot-access", "node-name": "snap", "file": "cbw"}])
+    guest = graph.find("cbw").guest()
+    guest.write(0, b"new!" * (LENGTH // 4))
+    assert graph.find("snap").device.read(0, LENGTH) == bytes(LENGTH) and guest.read(0, 4) == b"new!"
+    with pytest.raises(Error, match="Node store is in use: by node 'cbw'"):
+        graph.remove("store")
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"size": 4096}, "'size' expects a value of at least 1048576"),
+    ({"size": 1 << 41}, "'size' expects a value of at most"),
+    ({"size": "1M"}, "expected: integer"),
+    ({"mode": "none"}, "'mode' does not accept value 'none'"),
+])
+def test_a_wrong_cache_is_refused(graph, more, words):
+    with pytest.raises(Error, match=words):
+        graph.add([memory("disk"), filter_node("x-fastcbw-cache", **more)])
+    assert graph.nodes == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastcbw.graph.kinds.base import Kind
+from fastcbw.graph.kinds.cache import Cache, CopyOnRead
 from fastcbw.graph.kinds.copy_before_write import CopyBeforeWrite
 from fastcbw.graph.kinds.delay import Delay
 from fastcbw.graph.kinds.fault import Fault
@@ -17,6 +18,6 @@ from fastcbw.graph.kinds.write_notifier import WriteNotifierKind
 
 KINDS: dict[str, Kind] = {
     kind.driver: kind
-    for kind in (File(), HostDevice(), *map(Foreign, FORMATS), Raw(), Nbd(), Memory(), Delay(), Fault(), Throttle(), CopyBeforeWrite(),
+    for kind in (File(), HostDevice(), *map(Foreign, FORMATS), Raw(), Nbd(), Memory(), Delay(), Fault(), Throttle(), Cache(), CopyOnRead(), CopyBeforeWrite(),
                  SnapshotAccess(), WriteNotifierKind())
 }

@@ -33,6 +33,9 @@ class Kind:
         """Give NODE its device; its children are open and linked. An error leaves nothing open."""
         raise NotImplementedError
 
+    def settle(self, node: Node) -> None:
+        """Do what may fail before NODE goes; nobody uses it. An error keeps it."""
+
     def close(self, node: Node) -> None:
         """Undo open(). Nobody uses the node any more."""
         if node.device is not None:
