@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import IO
 
 from fastcbw.cli.common import UsageError, add_json, positive, print_json, size, terminate_as_interrupt
 from fastcbw.units import format_size
@@ -53,12 +55,27 @@ def run(arguments: argparse.Namespace) -> int:
         document = load(arguments.results)
     else:
         document = _measure(arguments)
+    if arguments.html:
+        from fastcbw.compare.output import report
+
+        _write(arguments.html, lambda file: file.write(report.page(document)))
+    if arguments.csv:
+        from fastcbw.compare.output import sheet
+
+        _write(arguments.csv, lambda file: sheet.write(document, file))
     if arguments.json:
         print_json(document)
     else:
         print("\n".join(table.lines(document)))
     wrong = [cell for cell in document["cells"] if cell["status"] == "failed" or cell.get("backup") and cell["backup"]["verified"] is False]
     return 1 if wrong else 0
+
+
+def _write(path: str, write: Callable[[IO[str]], object]) -> None:
+    """Have WRITE fill the file at PATH; it is there when it is whole."""
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        write(file)
+    os.replace(f"{path}.new", path)
 
 
 def _measure(arguments: argparse.Namespace) -> dict:

@@ -29,7 +29,7 @@ from fastcbw.compare.targets import TARGETS
 from fastcbw.compare.targets.base import Target
 from fastcbw.errors import Error
 
-SAMPLE_S = 0.1
+SAMPLE_S = 0.25
 PIECE = 8 << 20
 SERVER_CPU, LOAD_CPU = 0, 1
 #: The load has ended its requests when the server has done nothing for this long.
@@ -58,7 +58,7 @@ class _Run:
         self.image = os.path.join(folder, "disk.img")
         self.at_instant = os.path.join(folder, "instant.img")
         self.target: Target = TARGETS[cell.target](folder, plan.length, load_cpu)
-        self.scheme: Scheme = SCHEMES[cell.scheme](Setting(self.image, plan.length, folder, server_cpu, plan.ram))
+        self.scheme: Scheme = SCHEMES[cell.scheme](Setting(self.image, plan.length, folder, server_cpu, plan.ram), self.target)
         self.load: Load = LOADS[cell.load]("", plan.length, folder, load_cpu, plan.warm_up_s + plan.before_s + plan.during_s_max + plan.after_s + 5)
         self.samples: list[dict[str, Any]] = []
 
@@ -81,12 +81,11 @@ class _Run:
         shutil.copyfile(self.image, self.at_instant)
         used = (self.scheme.usage(), self.target.usage())
         instant = time.monotonic_ns()
-        self.scheme.begin(self.target)
+        self.scheme.begin()
         self.load.go_on()
         resumed = time.monotonic_ns()
 
         progress, ended, during_end = self._watch(instant)
-        # A client that ended has given its counters away; what it used since the instant is what matters.
         used = [difference(after, before) for after, before in zip((self.scheme.usage(), self.target.usage()), used)]
         self._sleep(self.plan.after_s)
         end = time.monotonic_ns()
@@ -125,20 +124,25 @@ class _Run:
 
     def _watch(self, instant: int) -> tuple[Progress, float, int]:
         """Sample until the backup has ended, and at least and at most as long as planned; return its progress, when it ended, and when `during` does."""
-        progress, ended = Progress(), 0.0
+        progress, ended, sampled = Progress(), 0.0, -1.0
         while True:
             now_s = (time.monotonic_ns() - instant) / 1e9
             if not progress.ended:
                 progress = self.scheme.progress()
                 ended = (time.monotonic_ns() - instant) / 1e9
-                tiers = self.scheme.tiers()
-                self.samples.append({"t_s": round(ended, 3), "ram": tiers.ram, "disk": tiers.disk, "preserved": tiers.preserved,
-                                     "done": progress.done, **vars_of_memory(self.scheme.usage())})
+                if progress.ended or ended - sampled >= min(SAMPLE_S, 0.02 + ended / 10):
+                    sampled = ended
+                    self._sample(ended, progress)
             if now_s >= (self.plan.during_s_min if progress.ended else self.plan.during_s_max):
                 break
-            self._sleep(0.01 if now_s < 0.5 else SAMPLE_S)
+            self._sleep(min(SAMPLE_S, 0.01 + now_s / 20))      # what the questions cost is the server's time
         last = ended if progress.ended and self.scheme.backs_up else now_s
         return progress, ended, instant + max(int(last * 1e9), 1)
+
+    def _sample(self, t_s: float, progress: Progress) -> None:
+        tiers = self.scheme.tiers()
+        self.samples.append({"t_s": round(t_s, 3), "ram": tiers.ram, "disk": tiers.disk, "preserved": tiers.preserved,
+                             "done": progress.done, "resident": self.scheme.usage().resident_bytes})
 
     def _wait_for_end(self, instant: int) -> tuple[Progress, float]:
         """Wait for a backup that takes longer than the load was to run."""
@@ -172,10 +176,6 @@ class _Run:
                 "ram_tier_bytes_max": max((sample["ram"] for sample in self.samples), default=0),
                 "disk_tier_bytes_max": max((sample["disk"] for sample in self.samples), default=0),
                 "resident_bytes_max": max((sample["resident"] for sample in self.samples), default=0)}
-
-
-def vars_of_memory(used: Usage) -> dict[str, int]:
-    return {"resident": used.resident_bytes}
 
 
 def difference(after: Usage, before: Usage) -> Usage:

@@ -76,7 +76,7 @@ def curve(requests: NDArray[numpy.void]) -> list[list[float]]:
 def over_time(requests: NDArray[numpy.void], zero_ns: int, begin_ns: int, end_ns: int) -> dict[str, list]:
     """Return latencies in windows from BEGIN_NS to END_NS, at most POINTS_MAX: t_s from ZERO_NS, p50, p99, max and requests a second.
 
-    A request belongs to the window in which it began; a window in which none began has None.
+    A request belongs to the window in which it began. A window in which none began has the longest that was under way there; None if none was.
     """
     window = max(50_000_000, -(-(end_ns - begin_ns) // POINTS_MAX))
     series: dict[str, list] = {"t_s": [], "p50_us": [], "p99_us": [], "max_us": [], "iops": []}
@@ -85,7 +85,12 @@ def over_time(requests: NDArray[numpy.void], zero_ns: int, begin_ns: int, end_ns
     cuts = numpy.searchsorted(begun["begun_ns"], numpy.append(edges, edges[-1] + window) if len(edges) else edges)
     for i, edge in enumerate(edges):
         took = begun["took_ns"][cuts[i]:cuts[i + 1]] / 1000
-        values = numpy.percentile(took, (50, 99, 100)) if len(took) else (None, None, None)
+        if not len(took):
+            before = begun[:cuts[i]]
+            took_there = before["took_ns"][before["begun_ns"] + before["took_ns"] >= edge]
+            values = (took_there.max() / 1000,) * 3 if len(took_there) else (None,) * 3
+        else:
+            values = numpy.percentile(took, (50, 99, 100))
         series["t_s"].append(round((int(edge) + window / 2 - zero_ns) / 1e9, 3))
         for name, value in zip(("p50_us", "p99_us", "max_us"), values):
             series[name].append(None if value is None else round(float(value), 1))

@@ -3,6 +3,7 @@
 import pytest
 
 from fastcbw.compare import cell, plan as plans
+from fastcbw.compare.targets import TARGETS
 
 
 def measured(plan, folder):
@@ -12,8 +13,8 @@ def measured(plan, folder):
 
 
 @pytest.mark.parametrize(("scheme", "load", "target"), [
-    ("filter-ram", "generator-4k", "nbd"), ("filter-tiers", "paced-4k", "file"), ("qemu-direct", "generator-4k", "file"),
-    ("qemu-fleecing", "paced-4k", "nbd")])
+    ("filter-tiers", "paced-4k", "file"), ("notifier", "generator-4k", "nbd"), ("pull", "generator-4k", "file"),
+    ("qemu-direct", "paced-4k", "file"), ("qemu-fleecing", "generator-4k", "nbd")])
 def test_a_backup_under_load_is_the_disk_at_the_instant(plan, tmp_path, scheme, load, target):
     (record,) = measured(plan(scheme, loads=(load,), targets=(target,)), tmp_path)
     assert record["status"] == "measured", record
@@ -30,6 +31,13 @@ def test_without_a_backup_the_load_runs_as_long_as_asked(plan, tmp_path):
     assert record["status"] == "measured" and record["backup"] is None
     during = record["guest"]["during"]
     assert during["seconds"] >= 0.3 and during["requests"] > 10 and during["written_bytes"] == during["requests"] * 4096
+
+
+def test_a_target_without_room_fails_the_backup_and_not_the_guest(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(TARGETS["full"], "options", {"full_after_bytes": 1 << 20})
+    (record,) = measured(plan("filter-tiers", targets=("full",)), tmp_path)
+    assert "No space left" in record["backup"]["error"] and record["backup"]["verified"] is None
+    assert record["guest"]["after"]["requests"] > 0
 
 
 def test_a_backup_that_is_not_the_instant_is_found_out(plan, tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ def test_what_was_under_way_in_a_pause_does_not_count():
     assert list(kept["begun_ns"] // MS) == [0, 20]
 
 
-def test_latencies_over_time_have_gaps_where_nothing_began():
-    series = measures.over_time(requests((100, 1, True, 1), (120, 3, True, 1), (260, 5, True, 1)), 100 * MS, 100 * MS, 300 * MS)
+def test_latencies_over_time_show_what_was_waited_for_where_nothing_began():
+    series = measures.over_time(requests((100, 1, True, 1), (120, 33, True, 1), (260, 5, True, 1)), 100 * MS, 100 * MS, 300 * MS)
     assert series["t_s"] == [0.025, 0.075, 0.125, 0.175]
-    assert series["max_us"] == [3000.0, None, None, 5000.0]
+    assert series["max_us"] == [33000.0, 33000.0, None, 5000.0]
     assert series["iops"] == [40.0, 0.0, 0.0, 20.0]

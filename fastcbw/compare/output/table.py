@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from fastcbw.compare.loads import LOADS
@@ -40,7 +41,7 @@ def row(group: Group, beside: list[Group]) -> tuple[str, ...]:
     seconds = group.median(lambda record: record["backup"] and record["backup"]["seconds"])
     return (group.scheme, number(guest["iops"]), microseconds(guest["p50_us"]), microseconds(guest["p99_us"]),
             f"{microseconds(spread[0])}..{microseconds(spread[-1])}" if len(spread) > 1 else "",
-            f"{by_none[len(by_none) // 2]:.2f}" if by_none else "", microseconds(guest["p999_us"]), microseconds(guest["p99_paced_us"]),
+            f"{statistics.median(by_none):.2f}" if by_none else "", microseconds(guest["p999_us"]), microseconds(guest["p99_paced_us"]),
             microseconds(guest["max_us"]),
             f"{guest['stalled_s']:.1f} s" if guest["stalled_s"] else "", f"{seconds:.2f} s" if seconds is not None else "", group.verdict(),
             f"x{use['amplification']:.2f}" if use["amplification"] else "", size(use["ram_tier_bytes_max"]), size(use["disk_tier_bytes_max"]),

@@ -52,10 +52,9 @@ class Tiers:
 
 
 class Scheme:
-    """One way to back up a disk in use. Made for one cell; start(), begin(), stop() once each, in this order.
+    """One way to back up a disk in use. Made for one cell and its target, which is there before start(); then begin(), stop().
 
-    needs: programs and their packages. settings: what is to be said with its figures. image_is_source: the image stands
-    where the scheme reads it, so that a file is what the guest has written.
+    needs: programs and their packages. settings: what is to be said with its figures. 
     """
 
     name: ClassVar[str]
@@ -65,10 +64,11 @@ class Scheme:
     unbuilt: ClassVar[str | None] = None
     backs_up: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting):
-        self.setting = setting
+    def __init__(self, setting: Setting, target: Target):
+        self.setting, self.target = setting, target
         self.settings: dict[str, Any] = {}
-        self.processes: list[Process] = []
+        self.processes: list[Process] = []      # the servers: what they use counts
+        self.clients: list[Process] = []        # who takes the backup away
 
     @classmethod
     def check(cls) -> None:
@@ -85,8 +85,8 @@ class Scheme:
         """Serve the disk, without a backup."""
         raise NotImplementedError
 
-    def begin(self, target: Target) -> None:
-        """Begin to back up the disk as it is now. The guest is stopped meanwhile."""
+    def begin(self) -> None:
+        """Begin to back up the disk as it is now to the target. The guest is stopped meanwhile."""
 
     def progress(self) -> Progress:
         return Progress(ended=True)
@@ -100,7 +100,7 @@ class Scheme:
         return Usage(*(sum(values) for values in zip(*(vars(one).values() for one in used))))
 
     def stop(self) -> None:
-        for process in reversed(self.processes):
+        for process in (*self.clients, *reversed(self.processes)):
             process.stop()
 
 
@@ -109,8 +109,8 @@ class Daemon(Scheme):
 
     JOB = "backup"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, setting: Setting, target: Target):
+        super().__init__(setting, target)
         self.socket = setting.path("guest.sock")
         self.qmp: QmpClient | None = None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastcbw.compare.process import python_module
+from fastcbw.compare.process import Process, nbd_answers, python_module, socket_uri
+from fastcbw.compare.schemes.pulled import progress_of, pull
 from fastcbw.compare.schemes.base import Daemon, Progress, Tiers
-from fastcbw.compare.targets.base import Target
+from fastcbw.compare.targets.server import EXPORT
 from fastcbw.units import format_size
 
 
@@ -33,7 +34,7 @@ class Filter(Ours):
     spills: ClassVar[bool] = True
     others: ClassVar[dict[str, Any]] = {}
 
-    def begin(self, target: Target) -> None:
+    def begin(self) -> None:
         given: dict[str, Any] = {"ram": self.setting.ram} | self.others
         if self.spills:
             given |= {"spill": self.setting.folder}
@@ -43,10 +44,10 @@ class Filter(Ours):
         self.settings = {"cache": "writeback", "durability": "none", "ram": format_size(self.setting.ram), "cluster": "4K (default)",
                          "disk tier": "yes" if self.spills else "no, a guest waits when RAM is full",
                          "order": self.order or "default", "workers": "adaptive"}
-        self.copy(target)
+        self.copy()
 
-    def copy(self, target: Target) -> None:
-        self.qmp.execute("fastcbw-backup", disk="disk", snapshot="s", target=target.where, job_id=self.JOB, force=True,
+    def copy(self) -> None:
+        self.qmp.execute("fastcbw-backup", disk="disk", snapshot="s", target=self.target.where, job_id=self.JOB, force=True,
                          consume=True, order=self.order)
 
     def tiers(self) -> Tiers:
@@ -63,6 +64,69 @@ class FilterRam(Filter):
 class FilterTiers(Filter):
     name = "filter-tiers"
     title = "filter, RAM and disk tier"
+
+
+class Notifier(Daemon):
+    """The old backup job: a guest write to a cluster that is not copied yet waits until its old content is in the target.
+
+    Workers and chunk are those of QEMU's job by default, which works by the same rule.
+    """
+
+    name = "notifier"
+    title = "write notifier, 64 workers, 1M chunks"
+    workers: ClassVar[int] = 64
+    chunk: ClassVar[int] = 1 << 20
+
+    def words(self) -> list[str]:
+        return python_module("fastcbw.compare.schemes.notifier_server", self.setting.image, self.target.where, self.socket, str(self.workers),
+                             str(self.chunk))
+
+    def begin(self) -> None:
+        self.settings = {"cache": "writeback", "cluster": "64K", "workers": self.workers, "chunk": format_size(self.chunk)}
+        self.qmp.execute("begin")
+
+
+class NotifierTuned(Notifier):
+    name = "notifier-tuned"
+    title = "write notifier, 2 workers, 64K chunks"
+    workers, chunk = 2, 65536
+
+
+class Pull(Filter):
+    """An outside client reads the snapshot's export; the daemon only serves."""
+
+    name = "pull"
+    title = "filter, both tiers, pulled by nbdcopy"
+    needs = (("nbdcopy", "libnbd-bin"),)
+
+    def copy(self) -> None:
+        self.settings |= {"client": "nbdcopy, 4 connections"}
+        self.client = pull(self, socket_uri(self.socket, "disk@s"))
+
+    def progress(self) -> Progress:
+        return progress_of(self.client, self.setting.length)
+
+
+class SlowSource(Filter):
+    """The disk itself is slow to read, so that a first write waits for the old content."""
+
+    name = "slow-source"
+    title = "filter on a disk of 2 ms a read"
+    others: ClassVar[dict[str, Any]] = {}
+
+    def words(self) -> list[str]:
+        path = self.setting.path("source.sock")
+        source = Process("source", python_module("fastcbw.compare.targets.server", self.setting.image, path, "read_ms=2"), self.setting.folder,
+                         self.setting.cpu)
+        self.processes.append(source)
+        source.start(lambda: nbd_answers(path))
+        return python_module("fastcbw", "serve", f"disk={socket_uri(path, EXPORT)}", "--socket", self.socket, "--format", "raw")
+
+
+class SlowSourceKept(SlowSource):
+    name = "slow-source-kept"
+    title = "the same with copy-on-read"
+    others = {"copy_on_read": True}
 
 
 def with_order(policy: str) -> type[Filter]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any, ClassVar
 
-from fastcbw.compare.process import find
-from fastcbw.compare.schemes.base import Daemon, Tiers, allocated_bytes
-from fastcbw.compare.targets.base import Target
+from fastcbw.compare.process import find, socket_uri
+from fastcbw.compare.schemes.base import Daemon, Progress, Tiers, allocated_bytes
+from fastcbw.compare.schemes.pulled import progress_of, pull
+from fastcbw.errors import Error
 
 PACKAGE = "qemu-system-common"
 
@@ -23,7 +25,8 @@ class Qemu(Daemon):
                 "--nbd-server", f"addr.type=unix,addr.path={self.socket},max-connections=64",
                 "--export", "type=nbd,id=disk,node-name=disk,name=disk,writable=on"]
 
-    def add_target(self, target: Target) -> None:
+    def add_target(self) -> None:
+        target = self.target
         if target.socket is None:
             file = {"driver": "file", "filename": target.where}
         else:
@@ -41,8 +44,8 @@ class Direct(Qemu):
     name = "qemu-direct"
     title = "QEMU, backup job to the target"
 
-    def begin(self, target: Target) -> None:
-        self.add_target(target)
+    def begin(self) -> None:
+        self.add_target()
         self.copy("disk")
 
 
@@ -60,9 +63,9 @@ class Fleecing(Qemu):
     name = "qemu-fleecing"
     title = "QEMU, fleecing"
 
-    def begin(self, target: Target) -> None:
+    def begin(self) -> None:
         self.insert_filter()
-        self.add_target(target)
+        self.add_target()
         self.copy("access")
 
     def insert_filter(self) -> None:
@@ -79,3 +82,85 @@ class Fleecing(Qemu):
     def tiers(self) -> Tiers:
         stored = allocated_bytes(self.setting.path("fleece.img"))
         return Tiers(0, stored, stored)
+
+
+class FleecingPull(Fleecing):
+    """The same filter; an outside client reads what snapshot-access shows."""
+
+    name = "qemu-pull"
+    title = "QEMU, fleecing, pulled by nbdcopy"
+    needs = (*Qemu.needs, ("nbdcopy", "libnbd-bin"))
+
+    def begin(self) -> None:
+        self.insert_filter()
+        self.qmp.execute("block-export-add", type="nbd", id="access", node_name="access", name="access")
+        self.settings = {"cache": "writeback", "durability": "none", "cluster": "64K", "aio": "threads", "client": "nbdcopy, 4 connections"}
+        self.client = pull(self, socket_uri(self.socket, "access"))
+
+    def progress(self) -> Progress:
+        return progress_of(self.client, self.setting.length)
+
+
+class SyncNone(Qemu):
+    """What came before copy-before-write: a job with sync none keeps old data in an image above the disk, which is served to a client."""
+
+    name = "qemu-sync-none"
+    title = "QEMU, a job with sync none, pulled by nbdcopy"
+    needs = (*Qemu.needs, ("qemu-img", "qemu-utils"), ("nbdcopy", "libnbd-bin"))
+
+    def begin(self) -> None:
+        fleece = self.setting.path("fleece.qcow2")
+        create_qcow2(fleece, self.setting.length)
+        self.qmp.execute("blockdev-add", driver="qcow2", node_name="fleece", backing="disk", file={"driver": "file", "filename": fleece})
+        self.qmp.execute("blockdev-backup", job_id="keep", device="disk", target="fleece", sync="none", auto_dismiss=False)
+        self.qmp.execute("block-export-add", type="nbd", id="fleece", node_name="fleece", name="fleece")
+        self.settings = {"cache": "writeback", "durability": "none", "cluster": "64K", "aio": "threads", "client": "nbdcopy, 4 connections"}
+        self.client = pull(self, socket_uri(self.socket, "fleece"))
+
+    def progress(self) -> Progress:
+        return progress_of(self.client, self.setting.length)
+
+    def tiers(self) -> Tiers:
+        stored = allocated_bytes(self.setting.path("fleece.qcow2"))
+        return Tiers(0, stored, stored)
+
+
+class Overlay(Qemu):
+    """The guest writes to an overlay while the disk below is copied; then the overlay is committed into the disk."""
+
+    name = "qemu-overlay"
+    title = "QEMU, overlay, then a live commit"
+    needs = (*Qemu.needs, ("qemu-img", "qemu-utils"))
+
+    def begin(self) -> None:
+        overlay = self.setting.path("overlay.qcow2")
+        create_qcow2(overlay, self.setting.length)
+        self.add_target()
+        self.qmp.execute("blockdev-add", driver="qcow2", node_name="overlay", backing=None, file={"driver": "file", "filename": overlay})
+        self.qmp.execute("blockdev-snapshot", node="disk", overlay="overlay")
+        self.copy("disk")
+        self._committing = False
+
+    def progress(self) -> Progress:
+        if not self._committing:
+            progress = super().progress()
+            if not progress.ended or progress.error is not None:
+                return progress
+            self.copied = progress
+            self.qmp.execute("job-dismiss", id=self.JOB)
+            self.qmp.execute("block-commit", job_id="commit", device="overlay", base_node="disk", auto_finalize=True, auto_dismiss=False)
+            self._committing = True
+        for job in self.qmp.execute("query-jobs"):
+            if job["id"] == "commit":
+                if job["status"] == "ready":
+                    self.qmp.execute("job-complete", id="commit")
+                return Progress(self.copied.done, self.copied.total, job["status"] == "concluded", job.get("error"))
+        raise Error(f"{self.name}: the job is gone")
+
+    def tiers(self) -> Tiers:
+        stored = allocated_bytes(self.setting.path("overlay.qcow2"))
+        return Tiers(0, stored, stored)
+
+
+def create_qcow2(path: str, length: int) -> None:
+    subprocess.run([find("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", path, str(length)], check=True)

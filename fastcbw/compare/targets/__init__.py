@@ -32,4 +32,23 @@ class Nbdkit50(Nbdkit):
     filters, parameters = ("delay",), ("wdelay=50ms",)
 
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (File, Nbd, Slow20, Late50, Nbdkit20, Nbdkit50)}
+class Stalling(Served):
+    name = "stalling"
+    title = "20 MB/s, one write takes 3 s"
+    options = {"bytes_per_s": 20_000_000, "stall_after_bytes": 8 << 20, "stall_ms": 3000}
+
+
+class FailingOnce(Served):
+    name = "failing"
+    title = "20 MB/s, one write fails"
+    options = {"bytes_per_s": 20_000_000, "fail_after_bytes": 8 << 20, "fail_count": 1}
+
+
+class Full(Served):
+    name = "full"
+    title = "20 MB/s, full after 16 MiB"
+    options = {"bytes_per_s": 20_000_000, "full_after_bytes": 16 << 20}
+
+
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (
+    File, Nbd, Slow20, Late50, Stalling, FailingOnce, Full, Nbdkit20, Nbdkit50)}
