@@ -51,8 +51,8 @@ class QemuIncrements(Qemu):
         begin = time.perf_counter()
         client.execute("blockdev-backup", job_id=f"j{number}", device="disk", target="backup", sync="incremental", bitmap="b")
         while True:
-            message = client.events.popleft() if client.events else client._receive()
-            if message.get("event") == "BLOCK_JOB_COMPLETED":
+            message = client.next_event()
+            if message["event"] == "BLOCK_JOB_COMPLETED":
                 assert "error" not in message["data"], message
                 return time.perf_counter() - begin
 

@@ -52,6 +52,7 @@ class Row:
     name: str
     sides: dict[str, Callable[[], Measured]]
     goals: list[Goal] = field(default_factory=list)
+    memory: int = 0         # bytes that a side takes from the system: touched before each, see touch_memory of versus.py
 
 
 class Bench:

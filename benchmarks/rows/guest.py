@@ -52,7 +52,8 @@ def rows(bench: Bench) -> list[Row]:
         load = touching(bench, bs, depth)
         snapshot = RAM | ({"cluster_size": cluster} if cluster else {})
         return Row(f"first touch {bs} qd{depth}" + (f", both {cluster} clusters" if cluster else "") + (", polling" if spin else ""),
-                   {"fastcbw": ours(load, snapshot=snapshot, spin=spin), "qemu": qemu(load), "qemu plain": qemu(load, cbw=False)}, list(goals))
+                   {"fastcbw": ours(load, snapshot=snapshot, spin=spin), "qemu": qemu(load), "qemu plain": qemu(load, cbw=False)}, list(goals),
+                   memory=bench.size["image"] + (1 << 29))
 
     again = touching(bench, "4k", 16, settled=True)
     once = touching(bench, "4k", 16)

@@ -36,7 +36,10 @@ cdef extern from "sysio.h" nogil:
     int fcbw_sector_bytes(int fd) noexcept
     bint fcbw_in_memory(int fd) noexcept
     int fcbw_read_ahead(int fd, int64_t offset, int64_t length) noexcept
+    bint fcbw_all_cached(int fd, int64_t offset, int64_t length) noexcept
     int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, bint *hole, int64_t *data_end) noexcept
+
+cdef int64_t SHORT_RANGE = 1 << 20
 
 _KINDS = [
     (_stat.S_ISFIFO, "a fifo"), (_stat.S_ISSOCK, "a socket"), (_stat.S_ISCHR, "a character device"),
@@ -331,7 +334,8 @@ cdef class FileDevice(BlockDevice):
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         """Ask the file system, once for each extent of data: it walks page by page, on tmpfs, to where the data ends.
 
-        Whoever asks range by range would else have it walk from each range to the end of the file.
+        Whoever asks range by range would else have it walk from each range to the end of the file. A short range of a file in
+        memory is looked up by itself first: an increment has few of them, and the walk takes 7 us for each MiB of data behind it.
         """
         cdef bint hole = False
         cdef int64_t got, end = <int64_t>load_relaxed(&self.data_end)
@@ -340,6 +344,8 @@ cdef class FileDevice(BlockDevice):
             return length
         if <int64_t>load_relaxed(&self.data_begin) <= offset < end:
             return end - offset if end - offset < length else length
+        if self.in_memory and length <= SHORT_RANGE and fcbw_all_cached(self.fd, offset, length):
+            return length
         got = fcbw_first_extent(self.fd, offset, length, &hole, &end)
         if hole:
             flags[0] = STATUS_HOLE | STATUS_ZERO

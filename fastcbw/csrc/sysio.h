@@ -15,6 +15,7 @@
 #include <linux/fs.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
@@ -242,6 +243,18 @@ static inline int fcbw_read_ahead(int fd, int64_t offset, int64_t length)
 /* The first extent of a range of a regular file: its length (1..LENGTH), *hole 1 or 0. What the file system does not
  * tell, or tells while it changes, is data. Past a shrunk file's end it is data too, so that a reader meets the error.
  * *data_end: where the data ends that begins at OFFSET, beyond the range as a rule; 0 where it is not known. */
+/* 1 when every page of the range is in the page cache, 0 when not or where the kernel (before 6.5) does not tell. On tmpfs
+ * what is in the page cache is what the file has. Costs a walk over the range's pages and no further. */
+static inline int fcbw_all_cached(int fd, int64_t offset, int64_t length)
+{
+    struct { uint64_t offset, length; } range = { (uint64_t)offset, (uint64_t)length };
+    struct { uint64_t cached, dirty, writeback, evicted, recently_evicted; } pages = { 0 };
+    int64_t page = sysconf(_SC_PAGESIZE);
+    if (syscall(451 /* cachestat, the same number everywhere */, fd, &range, &pages, 0) != 0)
+        return 0;
+    return pages.cached == (uint64_t)((offset + length - 1) / page - offset / page + 1);
+}
+
 static inline int64_t fcbw_first_extent(int fd, int64_t offset, int64_t length, int *hole, int64_t *data_end)
 {
     off_t data, end;

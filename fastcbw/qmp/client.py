@@ -65,6 +65,15 @@ class QmpClient:
             raise Error(reply["error"]["desc"])
         return reply["return"]
 
+    def next_event(self) -> dict:
+        """Return the oldest event that nobody has taken yet; wait for one if there is none."""
+        with self._lock:
+            while not self.events:
+                message = self._receive()
+                if "event" in message:
+                    self.events.append(message)
+            return self.events.popleft()
+
     def _send(self, message: dict) -> None:
         try:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
