@@ -11,6 +11,7 @@ cdef class DirtyBitmap:
     cdef readonly int64_t granularity   # bytes of the disk that one bit stands for
     cdef readonly bint enabled      # guest writes mark it (control)
     cdef readonly str user          # whose snapshot has its content, for messages; or None (control)
+    cdef readonly str kept_for      # whose it is beyond single snapshots: nobody else may change or use it; or None (control)
     cdef DirtyBitmaps owner         # None: removed
     cdef pthread_mutex_t lock       # held to change the two pointers (control as well), or to take references without control
     cdef dirty_words *live          # what marks go to
@@ -18,7 +19,7 @@ cdef class DirtyBitmap:
 
     cdef void put(self, dirty_words *live, dirty_words *frozen) noexcept
     cdef int64_t status(self, int64_t offset, int64_t length, bint *dirty) noexcept nogil   # the first extent; -errno
-    cdef int check_free(self) except -1
+    cdef int check_free(self, user=*) except -1
     cdef DirtyBitmaps begin(self, bint free=*)
     cdef DirtyBitmaps owner_or_error(self)
     cdef int set_enabled(self, bint enabled) except -1

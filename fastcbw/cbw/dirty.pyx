@@ -72,7 +72,9 @@ cdef class DirtyBitmap:
             dirty_unref(frozen)
         return got
 
-    cdef int check_free(self) except -1:
+    cdef int check_free(self, user=None) except -1:
+        if self.kept_for is not None and self.kept_for != user:
+            raise Error(f"bitmap {self.name!r}: is kept for {self.kept_for} (wait for its end)")
         if self.user is not None:
             raise Error(f"bitmap {self.name!r}: in use by {self.user} (wait for its end)")
         return 0
@@ -109,7 +111,7 @@ cdef class DirtyBitmap:
         """Return the facts, in QEMU's words: name, granularity, count (bytes marked), recording, busy, persistent."""
         words = self.snapshot_words()
         return {"name": self.name, "granularity": words.granularity, "count": words.count(), "recording": self.enabled,
-                "busy": self.user is not None, "persistent": False}
+                "busy": self.user is not None or self.kept_for is not None, "persistent": False}
 
     def __repr__(self):
         state = "removed" if self.owner is None else "enabled" if self.enabled else "disabled"
@@ -142,11 +144,12 @@ cdef class DirtyBitmap:
             dirty_unref(old)
             return forgotten
 
-    def mark_again(self, DirtyWords words not None):
-        """Mark what WORDS mark, which clear() returned."""
+    def mark_again(self, DirtyWords words not None, user=None):
+        """Mark what WORDS mark, which clear() returned. user: for whom it is kept."""
         cdef DirtyBitmaps owner = self.owner_or_error()
         with owner.control:
-            self.begin()
+            self.begin(False)
+            self.check_free(user)
             with nogil:
                 dirty_convert(&self.live.bits, self.live.shift, &words.words.bits, words.words.shift)
 
@@ -158,6 +161,15 @@ cdef class DirtyBitmap:
             with nogil:
                 if self.live.length:
                     dirty_mark(self.live, 0, self.live.length)
+
+    def keep_for(self, user):
+        """Let nobody but snapshots for USER use it, and nobody change it; None: as before."""
+        cdef DirtyBitmaps owner = self.owner_or_error()
+        with owner.control:
+            self.begin(False)
+            if self.kept_for is not None and user is not None:
+                self.check_free(user)
+            self.kept_for = user
 
     def enable(self):
         """Mark guest writes from here on. No error when it is enabled already."""
@@ -333,7 +345,7 @@ cdef class DirtyBitmaps:
         creation.frozen = NULL
         if options.bitmap is not None:
             bitmap = self.find(options.bitmap)
-            bitmap.check_free()
+            bitmap.check_free(options.bitmap_for)
             fresh = new_words(self.state, bitmap.live.shift, bitmap.name)
             if not options.whole and not map_bits(&creation.snap.within, creation.snap.geometry.clusters):
                 dirty_unref(fresh)

@@ -18,7 +18,9 @@ from fastcbw.cbw.notifier import WriteNotifier
 from fastcbw.cbw.options import check_name
 from fastcbw.disk import Disk, Snapshot, group
 from fastcbw.errors import Error
+from fastcbw.graph.allocation import GRANULARITY, allocated, backing_of, server_of
 from fastcbw.graph.graph import Graph
+from fastcbw.graph.kinds.foreign import QemuNbd
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import READER, TARGET
 from fastcbw.jobs.write_notifier import WriteNotifierJob
@@ -37,6 +39,7 @@ class Backup:
         self.sync, self.mode = sync, mode               # mode: of its bitmap, None without
         self.options, self.ends = options, ends         # ends: auto_dismiss, auto_finalize
         self.snapshot: dict[str, Any] = {}              # options of the snapshot that is taken for it
+        self.layer: QemuNbd | None = None               # sync top: only what this image has of its own is copied
         self.notifies = False                           # by the old scheme: guests write old data to the target, no snapshot is taken
 
 
@@ -66,6 +69,11 @@ class Backups:
         id = device if job_id is None else check_name(job_id, "job id")
         if sync == "none" and not source.kind.live:
             raise Error(f"node '{device}': nobody writes a snapshot, so there is nothing for sync 'none' to copy (name the disk)")
+        layer = server_of(source) if sync == "top" and source.kind.live else None
+        if layer is not None and backing_of(layer) is None:
+            layer = None
+        if layer is not None and bitmap is not None:
+            raise Error("bitmap: with sync 'top' of an image with a backing file is not built yet (take sync 'full')")
         notifies = self._is_own_target(source, destination)
         if notifies and (sync not in ("full", "top") or bitmap is not None):
             raise Error(f"node '{device}': the old scheme knows sync full without a bitmap (name the disk below it for '{sync}')")
@@ -81,6 +89,7 @@ class Backups:
         backup.notifies = notifies
         if sync == "none":
             backup.snapshot = {"on_full": "wait"}       # the job makes room
+        backup.layer = layer
         if bitmap is not None:
             backup.snapshot = {"bitmap": bitmap, "bitmap_for": None if mode == "never" else f"job '{id}'", "whole": sync not in ("bitmap", "incremental")}
             options["tracks"] = mode == "always"
@@ -143,7 +152,15 @@ class Backups:
                 raise Error(f"disk '{disk.name}': two backups of one transaction need two snapshots (start them one after the other)")
         if not live:
             return {}
-        made = dict(zip(live, group(disks).snapshot(f"backup-{live[0].id}", each=[backup.snapshot for backup in live])))
+        own = [(backup, backup.source.disk().add_bitmap(f"{backup.id}.top", granularity=GRANULARITY)) for backup in live if backup.layer]
+        try:
+            for backup, bitmap in own:      # what the guest allocates from here on is marked, as it is written
+                bitmap.mark_again(allocated(backup.layer, backup.source.device.length))
+                backup.snapshot = {"bitmap": bitmap.name}
+            made = dict(zip(live, group(disks).snapshot(f"backup-{live[0].id}", each=[backup.snapshot for backup in live])))
+        finally:
+            for _, bitmap in own:
+                bitmap.remove()
         for snapshot in made.values():
             snapshot._settles = False       # a bitmap is given back at the end of the job as QMP knows it
         return made

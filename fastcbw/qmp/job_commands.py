@@ -19,8 +19,8 @@ def _query_block_jobs(daemon: Daemon) -> list:
     return [record.describe_block() for record in daemon.jobs.all() if record.status != "null"]
 
 
-def _cancel(daemon: Daemon, job: str) -> None:
-    daemon.jobs.cancel(job)
+def _cancel(daemon: Daemon, job: str, force: bool = True) -> None:
+    daemon.jobs.cancel(job, force)
 
 
 def _pause(daemon: Daemon, job: str) -> None:
@@ -53,17 +53,21 @@ _VERBS = (
     ("cancel", "ask a job to end", _cancel),
     ("pause", "let a running job begin nothing more until it is resumed", _pause),
     ("resume", "let a paused job go on", _resume),
-    ("complete", "have a job that is ready end; no kind of job here waits for that", _complete),
+    ("complete", "have a job that is ready end", _complete),
     ("finalize", "let a pending job end", _finalize),
     ("dismiss", "forget an ended job", _dismiss),
 )
 
 
 def _verb(prefix: str, argument: str, verb: str, doc: str, run) -> Command:
-    # block-job-cancel has a member that other verbs do not have; by force, since no job here can be ready.
-    more = (Argument("force", "bool", "also when it is ready; it never is"),) if (prefix, verb) == ("block-job", "cancel") else ()
+    # As in QEMU job-cancel is by force, and block-job-cancel only if told so: else a job that is ready completes, and changes nothing.
+    soft = (prefix, verb) == ("block-job", "cancel")
+    more = (Argument("force", "bool", "also when it is ready (default false: then it ends as completed, where it is)"),) if soft else ()
     name = "id" if verb in ("finalize", "dismiss") else argument        # as QEMU has it
-    return Command(f"{prefix}-{verb}", doc, lambda daemon, force=False, **given: run(daemon, given[name]),
+    if soft:
+        return Command(f"{prefix}-{verb}", doc, lambda daemon, device, force=False: run(daemon, device, force),
+                       (Argument(name, "str", "the job", required=True), *more))
+    return Command(f"{prefix}-{verb}", doc, lambda daemon, **given: run(daemon, given[name]),
                    (Argument(name, "str", "the job", required=True), *more))
 
 

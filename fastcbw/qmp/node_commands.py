@@ -182,11 +182,28 @@ def _export_del(daemon: Daemon, id: str, mode: str = "safe") -> None:
         daemon.nodes.remove_export(id, mode)
 
 
+def _commit(daemon: Daemon, device: str, **options: Any) -> None:
+    _fixed(options, {"on-error": "report"})
+    with daemon.changing():
+        daemon.nodes.commits.start(device, **options)
+
+
 COMMANDS = (
     *(_alone(command) for command in _ACTIONS.commands.values()),
     Command("block-export-del", "end an export", _export_del, (
         Argument("id", "str", "the export", required=True),
         Argument("mode", "str", "safe: only without clients (default); hard: disconnect them"))),
+    Command("block-commit", "copy what an overlay has of its own into its backing file, and keep up with its guest until job-complete", _commit, (
+        Argument("job-id", "str", "the job (default: the node's name)"),
+        Argument("device", "str", "the overlay", required=True),
+        Argument("base-node", "str", "the node of its backing file, a raw image (default: whichever shows it)"),
+        Argument("base", "str", "the path of the backing file"),
+        Argument("top-node", "str", "the overlay: only the active layer is committed"),
+        Argument("top", "str", "the path of the overlay"),
+        Argument("speed", "int", "bytes per second at most; 0: no limit"),
+        Argument("on-error", "str", "report"),
+        Argument("auto-finalize", "bool", "the job ends when its work is done (default true), else it is pending until job-finalize"),
+        Argument("auto-dismiss", "bool", "the job is forgotten when it has ended (default true)"))),
     Command("transaction", "several changes as one: all or none", _transaction, (
         Argument("actions", "objects", "objects with type and data", required=True),
         Argument("properties", "object", "completion-mode: individual (default), grouped: the jobs complete together or not at all; "

@@ -16,6 +16,7 @@ from fastcbw.graph.graph import Graph
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import GUEST, READER
 from fastcbw.qmp.backups import Backup, Backups
+from fastcbw.qmp.commits import Commits
 
 if TYPE_CHECKING:
     from fastcbw.qmp.daemon import Daemon
@@ -36,6 +37,7 @@ class Nodes:
         self.daemon = daemon
         self.graph = Graph()
         self.backups = Backups(daemon, self.graph)
+        self.commits = Commits(daemon, self.graph)
         self.exports: dict[str, NodeExport] = {}        # made by block-export-add, by id
         self._served: dict[str, NodeExport] = {}        # of the disks that the daemon serves by itself, by name
         self._listening: str | None = None

@@ -35,8 +35,10 @@ class QemuNbd:
         with open(path, "rb"):
             pass                # a name that is wrong is ours to say
         self._folder = tempfile.mkdtemp(prefix="fastcbw-qemu-nbd-")
-        socket = os.path.join(self._folder, "s")
-        words = [program, "--socket", socket, "--format", format, "--shared", str(CLIENTS), "--discard", "unmap", "--aio", "threads"]
+        self.path, self.format = path, format
+        self.socket = socket = os.path.join(self._folder, "s")
+        words = [program, "--socket", socket, "--format", format, "--shared", str(CLIENTS), "--discard", "unmap", "--aio", "threads",
+                 "--allocation-depth"]
         words += ["--read-only"] if read_only else []
         try:
             self._process = subprocess.Popen([*words, "--", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

@@ -1,0 +1,191 @@
+"""The commit job: what an overlay has of its own goes into the image below it, while a guest writes the overlay.
+
+    allocated in the overlay ─▶ bitmap ◀─ guest writes            each pass is an increment: a snapshot of what the bitmap marks,
+                                  │                               copied into the base; what the guest writes meanwhile is
+                                  ▼ pass, pass, pass … ready      the next pass
+
+After every pass the base is what the overlay was at the instant of that pass. A job that has caught up is ready, and goes on with passes
+until somebody completes it: then, with nobody writing any more, one last pass makes the two the same. During a pass the base is neither;
+the overlay has everything all the time, so that a job that fails or is cancelled loses nothing.
+
+Reading the overlay where it has nothing of its own reads the base, which is being written: never where that differs, since what is
+written to the base lies in the overlay, and a piece that is wider than that carries what was read from the base itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.bitmaps.dirty import DirtyWords
+from fastcbw.block.device import BlockDevice
+from fastcbw.errors import Error, JobCancelled, JobFailed
+from fastcbw.jobs.job import RUNNING, Job
+from fastcbw.jobs.pacing import check_rate, check_workers
+
+if TYPE_CHECKING:
+    from fastcbw.jobs.backup import BackupJob
+
+READY_BYTES = 16 << 20      # a pass of no more than this can wait for the last one
+LOOK_S = 0.1                # how often a job that is ready looks for what the guest has written
+
+
+class CommitJob(Job):
+    """Copy what DISK, an overlay, has of its own to BASE, and keep up with its guest until complete().
+
+    allocated: asked, once the guest's writes are marked, for what lies in the overlay. on_ready: called once when the job has caught up.
+    quiesce: called at complete(): raises Error while somebody may write the disk, and keeps others from coming; on_release: called at
+    the end. rate, workers: of the passes.
+    """
+
+    def __init__(self, disk: Any, base: BlockDevice, allocated: Callable[[], DirtyWords], *, id: str, quiesce: Callable[[], None],
+                 rate: int | str | None = None, workers: int | None = None, on_ready: Callable[[], None] = lambda: None,
+                 on_release: Callable[[], None] = lambda: None) -> None:
+        super().__init__(id)
+        self.disk, self.base = disk, base
+        self.on_ready = on_ready
+        self._allocated, self._quiesce, self._on_release = allocated, quiesce, on_release
+        self._rate = check_rate(rate)
+        self._workers = None if workers is None else check_workers(workers)
+        self._changed = threading.Condition(self._lock)
+        self._pass: BackupJob | None = None
+        self._paused = False
+        self._completing: str | None = None     # "alone": nobody writes any more, so after one last pass; "here": as it is
+        self._done = 0                      # bytes of passes that have ended
+        self.is_ready = False
+        self._owner = f"job '{id}'"
+        self._bitmap = disk.add_bitmap(f"{id}.commit", granularity=READY_BYTES >> 8)
+        self._bitmap.keep_for(self._owner)
+
+    # -- the job's thread
+
+    def run(self) -> None:
+        self._bitmap.mark_again(self._allocated(), self._owner)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self.cancelled or not self._paused)
+                completing = self._completing
+            if self.cancelled:
+                raise JobCancelled(f"commit: cancelled; {self.base.name} is incomplete, {self.disk.name} has everything")
+            if completing == "here":
+                break
+            if self._left():
+                self._copy()
+            if completing:
+                # Nobody writes any more; a discard that waited for the snapshot of a pass may still mark.
+                self.disk._engine.finish_discards()
+                if self._left():
+                    continue
+                break
+            if self._left() > READY_BYTES:
+                continue
+            if not self.is_ready:
+                self.is_ready = True
+                self.on_ready()
+            with self._changed:
+                self._changed.wait_for(lambda: self.cancelled or self._completing, LOOK_S)
+        self.base.flush()
+        self.result = {"bytes": self.disk.length, "data_bytes": self._done, "seconds": self.elapsed()}
+
+    def _left(self) -> int:
+        return self._bitmap.report()["count"]
+
+    def _copy(self) -> None:
+        """One pass. What it does not copy is marked again."""
+        with self.disk.snapshot(f"{self.id}.commit", bitmap=self._bitmap.name, bitmap_for=self._owner, on_full="wait") as snapshot:
+            job = snapshot.backup(self.base, rate=self._rate or None, workers=self._workers)
+            with self._lock:
+                self._pass = job
+                if self._paused:
+                    job.pause()
+                cancelled = self.cancelled
+            if cancelled:
+                job.cancel()
+            try:
+                self._done += job.wait()["data_bytes"]
+            except JobFailed as error:
+                raise JobFailed(f"commit: {error}; {self.disk.name} has everything") from None
+            except JobCancelled:
+                raise JobCancelled(f"commit: cancelled; {self.base.name} is incomplete, {self.disk.name} has everything") from None
+            finally:
+                with self._lock:
+                    self._pass = None
+
+    def end(self) -> None:
+        self._bitmap.keep_for(None)
+        self._bitmap.remove()
+        self._on_release()
+
+    # -- what others do
+
+    def complete(self, pivot: bool = True) -> None:
+        """End a job that is ready. pivot: only when nobody can write the overlay any more, and after one last pass: Error while somebody can.
+
+        Without, the base stays what the overlay was at the instant of the last pass.
+        """
+        if not self.is_ready:
+            raise Error(f"{self.id}: is not ready")
+        if self._completing is None and pivot:
+            self._quiesce()
+        with self._changed:
+            self._completing = self._completing or ("alone" if pivot else "here")
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            job = self._pass
+            self._changed.notify_all()
+        if job is not None:
+            job.cancel()
+
+    def pause(self) -> None:
+        """Begin nothing more until resume(). Pausing twice is no error."""
+        self._set_paused(True)
+
+    def resume(self) -> None:
+        """Go on."""
+        self._set_paused(False)
+
+    def _set_paused(self, paused: bool) -> None:
+        with self._changed:
+            self._paused = paused
+            job = self._pass
+            self._changed.notify_all()
+        if job is not None:
+            (job.pause if paused else job.resume)()
+
+    @property
+    def paused(self) -> bool:
+        """Whether pause() holds it; one that has ended is not."""
+        return self._paused and self.status == RUNNING
+
+    @property
+    def rate(self) -> int | None:
+        """Bytes a second that the job may move, None for no limit; may be set at any time, as the keyword."""
+        return self._rate or None
+
+    @rate.setter
+    def rate(self, rate: int | str | None) -> None:
+        self._rate = check_rate(rate)
+        with self._lock:
+            job = self._pass
+        if job is not None:
+            job.rate = rate
+
+    @property
+    def pacing(self) -> dict[str, Any]:
+        """As of a BackupJob: that of the pass under way."""
+        job = self._pass
+        return {"rate": self.rate, "guest_p99": None, "guest_p99_now": None, "workers": 0, "in_flight": 0} if job is None else job.pacing
+
+    @property
+    def progress(self) -> dict[str, float]:
+        job = self._pass
+        done = self._done + (0 if job is None else job._copier.counters()["data"])
+        try:
+            left = self._left()
+        except Error:
+            left = 0            # it has ended, or is about to
+        elapsed = self.elapsed()
+        return {"done": done, "total": done + left, "bytes_per_s": int(done / elapsed) if elapsed else 0}
