@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from fastcbw.compare import measures
 from fastcbw.compare.loads import LOADS
@@ -97,7 +98,7 @@ class _Run:
             "guest": {name: measures.summary(measures.between(requests, since, until), (until - since) / 1e9, self.load.rate)
                       for name, since, until in (("before", begin, paused), ("during", resumed, during_end), ("after", during_end, end))},
             "backup": self._backup(progress, ended, instant),
-            "use": self._use(*used, measures.between(requests, resumed, during_end)),
+            "use": self._use(*used, measures.between(requests, resumed, during_end), progress.done),
             "curve": measures.curve(measures.between(requests, resumed, during_end)),
             "time": measures.over_time(requests, instant, begin, end),
             "tiers": {name: [sample[name] for sample in self.samples] for name in ("t_s", "ram", "disk", "done")},
@@ -166,10 +167,12 @@ class _Run:
         differs = first_difference(self.at_instant, self.target.path)
         return facts | {"verified": differs is None, "error": None if differs is None else f"differs from the disk at the instant, first at byte {differs}"}
 
-    def _use(self, server: Usage, target: Usage, requests) -> dict[str, Any]:
+    def _use(self, server: Usage, target: Usage, requests: NDArray, done: int) -> dict[str, Any]:
         """What it took while the backup ran, the target's server included, beside what the guest wrote and the backup has."""
         needed = int(requests["length"][requests["write"]].sum(dtype=numpy.int64)) + (self.plan.length if self.scheme.backs_up else 0)
         read, written = server.read_bytes, server.written_bytes + target.written_bytes
+        if self.scheme.clients and self.target.process is None:
+            written += done     # a client wrote the file; it has gone, and its counters with it
         return {"cpu_s": round(server.cpu_s, 2), "read_bytes": read, "written_bytes": written,
                 "preserved_bytes": max((sample["preserved"] or 0 for sample in self.samples), default=0),
                 "amplification": round((read + written) / needed, 2) if needed else None,
