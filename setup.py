@@ -29,6 +29,7 @@ EXTENSIONS = [
     "fastcbw.block.direct",
     "fastcbw.block.delay",
     "fastcbw.block.fault",
+    "fastcbw.block.trace",
     "fastcbw.block.throttle",
     "fastcbw.block.cache",
     "fastcbw.block.python",

@@ -34,6 +34,7 @@ def add_parser(verbs) -> None:
     parser.add_argument("--size", type=size, metavar="SIZE", help="length of the disk (default: quick 48M, full 256M)")
     parser.add_argument("--ram", type=size, metavar="SIZE", help="RAM tier of our schemes (default: quick 8M, full 16M)")
     parser.add_argument("--seconds", type=positive, metavar="N", help="longest load beside a backup (default: quick 6, full 30)")
+    parser.add_argument("--trace", metavar="FILE", help="what the load `trace` replays: recorded by a node x-fastcbw-trace, or written by hand")
     parser.add_argument("--unpinned", action="store_true", help="without it the server runs on core 0, load and target on core 1")
     parser.add_argument("--folder", metavar="DIR", help="keep the results there, cell by cell; go on with those that are there")
     parser.add_argument("--work", metavar="DIR", help=f"where the disks are meanwhile (default: {SHM}, where it has room, else TMPDIR)")
@@ -119,7 +120,24 @@ def _plan(arguments: argparse.Namespace):
     if arguments.seconds:
         fields["during_s_max"] = float(arguments.seconds)
         fields["during_s_min"] = min(fields["during_s_min"], fields["during_s_max"])
+    if arguments.trace is not None:
+        fields["trace"] = os.path.abspath(arguments.trace)
+        _check_trace(arguments.trace)
+        if arguments.loads is None and not arguments.full:
+            fields["loads"] = ("trace",)
     return plan.Plan(**fields, pinned=not arguments.unpinned and len(os.sched_getaffinity(0)) > 1)
+
+
+def _check_trace(path: str) -> None:
+    """Raise what is wrong with the trace at PATH before anything is measured with it."""
+    from fastcbw.compare.loads.trace import parse
+
+    with open(path, encoding="utf-8", errors="replace") as file:
+        try:
+            if not sum(1 for _ in parse(file, path)):
+                raise UsageError(f"--trace: {path}: has no request")
+        except ValueError as error:
+            raise UsageError(f"--trace: {error}") from None
 
 
 def _work_folder(named: str | None, length: int) -> str:

@@ -40,9 +40,9 @@ SILENCE_S = 0.02
 def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
     """Measure CELL in a folder of its own below FOLDER, and return its record. What fails is in the record too."""
     record = {"scheme": cell.scheme, "load": cell.load, "target": cell.target, "repetition": cell.repetition}
-    reason = reason_not_to_run(cell)
+    reason = reason_not_to_run(cell, plan.trace)
     if reason is not None:
-        return record | {"status": "not built" if reason.startswith("not built") else "not installed", "why": reason}
+        return record | {"status": "not installed", "why": reason}
     with ExitStack() as stack:
         own = tempfile.mkdtemp(prefix="cell-", dir=folder)
         stack.callback(shutil.rmtree, own, ignore_errors=True)
@@ -60,7 +60,8 @@ class _Run:
         self.at_instant = os.path.join(folder, "instant.img")
         self.target: Target = TARGETS[cell.target](folder, plan.length, load_cpu)
         self.scheme: Scheme = SCHEMES[cell.scheme](Setting(self.image, plan.length, folder, server_cpu, plan.ram), self.target)
-        self.load: Load = LOADS[cell.load]("", plan.length, folder, load_cpu, plan.warm_up_s + plan.before_s + plan.during_s_max + plan.after_s + 5)
+        self.load: Load = LOADS[cell.load]("", plan.length, folder, load_cpu, plan.warm_up_s + plan.before_s + plan.during_s_max + plan.after_s + 5,
+                                           plan.trace)
         self.samples: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:

@@ -35,7 +35,8 @@ class Cell:
 class Plan:
     """A run. length: of the disk. ram: bytes of the RAM tier. Seconds: before anything counts, before the instant, during the backup at least and at most, after it.
 
-    backup_s_max: a backup that is not complete by then is given up. pinned: server on one core, load and target on another.
+    backup_s_max: a backup that is not complete by then is given up. pinned: server on one core, load and target on another. trace: the file that
+    the load `trace` replays.
     """
 
     schemes: tuple[str, ...]
@@ -51,6 +52,7 @@ class Plan:
     after_s: float
     backup_s_max: float
     pinned: bool
+    trace: str | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Return the cells in their order: the schemes of one load and target one after the other, from another one on each time."""
@@ -93,11 +95,11 @@ def select(what: str, names: str, known: Mapping[str, object]) -> tuple[str, ...
     return chosen
 
 
-def reason_not_to_run(cell: Cell) -> str | None:
+def reason_not_to_run(cell: Cell, trace: str | None) -> str | None:
     """Return why CELL can't be measured on this machine, or None."""
     scheme = SCHEMES[cell.scheme]
-    if scheme.unbuilt is not None:
-        return f"not built yet: {scheme.unbuilt}"
+    if cell.load == "trace" and trace is None:
+        return "not installed: a trace (give --trace FILE)"
     for part in (scheme, LOADS[cell.load], TARGETS[cell.target]):
         try:
             part.check()

@@ -192,6 +192,7 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("compare", "--targets", ","), "--targets: names nothing (there is file, "),
     (("compare", "--quick", "--full"), "contradict"),
     (("compare", "--size", "100K"), "--size"),
+    (("compare", "--trace", "./vm.img"), "vm.img: is no trace"),
     (("bogus",), "bogus"), ((), "VERB"), (("status", "--bogus"), "--bogus"), (("serve", "--sock", "s"), "--sock"),
 ])
 def test_wrong_usage_is_named(refused, image, arguments, text):

@@ -15,7 +15,7 @@ SEED = 20240229
 class Load:
     """A guest of the export URI of LENGTH bytes, on core CPU; it puts its files into FOLDER.
 
-    It runs until finish(), at most SECONDS. pause() stops it for an instant: no request begins until go_on().
+    trace: a file of requests, for the load that replays one. It runs until finish(), at most SECONDS. pause() stops it for an instant: no request begins until go_on().
     """
 
     name: ClassVar[str]
@@ -25,7 +25,8 @@ class Load:
     #: Requests a second that it asks for, one after the other; None: as many as it can, or several at a time.
     rate: ClassVar[int | None] = None
 
-    def __init__(self, uri: str, length: int, folder: str, cpu: int | None, seconds: float):
+    def __init__(self, uri: str, length: int, folder: str, cpu: int | None, seconds: float, trace: str | None = None):
+        self.trace = trace
         self.uri, self.length, self.folder, self.seconds = uri, length, folder, seconds
         self.process = Process("load", [], folder, cpu)
 

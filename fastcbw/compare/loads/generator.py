@@ -31,7 +31,7 @@ def random_writes(length: int, block: int, rate: float) -> Iterator[Request]:
 
 def trace(path: str, length: int) -> Iterator[Request]:
     """Yield the requests of the trace at PATH, over and over; what lies beyond LENGTH is moved into the disk."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         requests = list(parse(file, path))
     begin = 0
     while requests:

@@ -44,4 +44,19 @@ class Generator4k(Generated):
     settings = {"program": "fastcbw", "rw": "randwrite", "bs": "4k", "iodepth": 1, "rate_iops": 500}
 
 
-LOADS = (Generator4k,)
+class Replay(Generated):
+    """The requests of a recorded guest, at their times; over and over. Which trace, is a setting of the run."""
+
+    name = "trace"
+    title = "a recorded guest (--trace)"
+    depth = 16
+    settings = {"program": "fastcbw", "connections": 16}
+
+    def start(self) -> None:
+        if self.trace is None:
+            raise Error("load: trace: which? (give --trace FILE; an x-fastcbw-trace node records one)")
+        self.what = ("trace", self.trace)
+        super().start()
+
+
+LOADS = (Generator4k, Replay)

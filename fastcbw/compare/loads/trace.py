@@ -1,4 +1,4 @@
-"""Traces: what a guest asked of its disk, as text, one request a line.
+"""Traces: what a guest asked of its disk, as text, one request a line; block/trace writes them.
 
     # fastcbw-trace-1
     MICROSECONDS OP OFFSET LENGTH
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-HEAD = "# fastcbw-trace-1"
+from fastcbw.block.trace import HEAD
+
 OPERATIONS = ("read", "write", "zero", "discard", "flush")
 
 

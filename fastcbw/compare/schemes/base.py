@@ -60,8 +60,6 @@ class Scheme:
     name: ClassVar[str]
     title: ClassVar[str]
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
-    #: None: it can be run; else why not.
-    unbuilt: ClassVar[str | None] = None
     backs_up: ClassVar[bool] = True
 
     def __init__(self, setting: Setting, target: Target):

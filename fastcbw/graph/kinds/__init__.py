@@ -14,10 +14,11 @@ from fastcbw.graph.kinds.nbd import Nbd
 from fastcbw.graph.kinds.raw import Raw
 from fastcbw.graph.kinds.snapshot_access import SnapshotAccess
 from fastcbw.graph.kinds.throttle import Throttle
+from fastcbw.graph.kinds.trace import Trace
 from fastcbw.graph.kinds.write_notifier import WriteNotifierKind
 
 KINDS: dict[str, Kind] = {
     kind.driver: kind
     for kind in (File(), HostDevice(), *map(Foreign, FORMATS), Raw(), Nbd(), Memory(), Delay(), Fault(), Throttle(), Cache(), CopyOnRead(), CopyBeforeWrite(),
-                 SnapshotAccess(), WriteNotifierKind())
+                 SnapshotAccess(), WriteNotifierKind(), Trace())
 }
