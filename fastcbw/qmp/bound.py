@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastcbw.qmp")
 
+#: Of what is left over so many are named in the event; all are in the status.
+TOLD = 32
+
 
 @dataclass
 class Made:
@@ -95,7 +98,7 @@ class Bound:
             if not left:
                 del self._made[client.number]
         log.info("qmp: client %d has gone; what was bound to it was undone, %d left over", client.number, len(left))
-        self.daemon.emit("FASTCBW_CLIENT_UNDONE", client.describe() | {"left-over": left})
+        self.daemon.emit("FASTCBW_CLIENT_UNDONE", client.describe() | {"left-over": left[:TOLD], "left-over-count": len(left)})
 
     def _end_job(self, record: JobRecord) -> None:
         try:

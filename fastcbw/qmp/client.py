@@ -9,6 +9,7 @@ import socket
 import threading
 
 from fastcbw.errors import Error
+from fastcbw.qmp.replies import LONG_REPLIES
 
 EVENTS_LIMIT = 1024
 REPLY_BYTES_LIMIT = 64 << 20
@@ -40,7 +41,8 @@ class QmpClient:
             if "QMP" not in greeting:
                 raise Error(f"{self.path}: {greeting.get('error', {}).get('desc', 'no QMP greeting (is this the QMP socket?)')}")
             self.version = greeting["QMP"]["version"]
-            self.execute("qmp_capabilities")
+            ours = str(self.version.get("package", "")).startswith("fastcbw")     # QEMU refuses what it does not know
+            self.execute("qmp_capabilities", enable=[LONG_REPLIES] if ours else None)
         except BaseException:
             self.close()
             raise

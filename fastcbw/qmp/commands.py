@@ -75,8 +75,8 @@ def _backup(daemon: Daemon, disk: str, target: str, snapshot: str | None = None,
     return {"id": record.id, "snapshot": record.snapshot}
 
 
-def _status(daemon: Daemon) -> dict:
-    return daemon.status()
+def _status(daemon: Daemon, disk: str | None = None) -> dict:
+    return daemon.status() if disk is None else daemon.status_of(disk)
 
 
 def _refuse(table: tuple[Option, ...], options: dict) -> None:
@@ -116,7 +116,7 @@ COMMANDS = Schema([
     Command("query-qmp-schema", "all commands with their arguments and types", _query_schema),
     Command("query-version", "the QEMU whose interface this follows, and our version", _query_version),
     Command("quit", "end the daemon cleanly", _quit),
-    Command("query-block-exports", "all NBD exports", _query_block_exports),
+    Command("query-block-exports", "all NBD exports", _query_block_exports, paged=True),
     Command("fastcbw-snapshot-create", "take a snapshot of one disk, or of several at one instant", _snapshot_create,
             (_SNAPSHOT_NAME, _DISKS, *_arguments(SNAPSHOT_OPTIONS))),
     Command("fastcbw-snapshot-delete", "delete a snapshot that nobody uses", _snapshot_delete,
@@ -125,14 +125,15 @@ COMMANDS = Schema([
             (_SNAPSHOT_NAME, _DISKS, *_arguments(LIVE_OPTIONS))),
     Command("fastcbw-snapshot-drop", "drop from RAM what reads left there and the guest has not changed; bytes for each disk",
             _snapshot_drop, (_SNAPSHOT_NAME, _DISKS)),
-    Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list),
+    Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list, paged=True),
     Command("fastcbw-backup", "start a backup job", _backup, (
         Argument("disk", "str", "the disk", required=True),
         Argument("target", "str", "the file or NBD URI to write; a relative path starts at the daemon's folder", required=True),
         Argument("snapshot", "str", "the snapshot to copy (default: one is made, and deleted at the end)"),
         Argument("job-id", "str", "the job's id (default: job1, job2, ...)"),
         *_arguments(BACKUP_OPTIONS))),
-    Command("fastcbw-status", "everything that is known", _status),
+    Command("fastcbw-status", "everything that is known", _status, (
+        Argument("disk", "str", "of this disk only, and of nothing else"),), narrowed="disk"),
     *JOB_COMMANDS,
     *NODE_COMMANDS,
     *BITMAP_COMMANDS,

@@ -278,6 +278,12 @@ class Daemon:
                 "bound": self.bound.describe(),
             }
 
+    def status_of(self, name: str) -> dict:
+        """Return the part of status() that is of the disk NAME."""
+        with self._change:
+            disk = self.disk(name)
+            return {"version": __version__, "pid": os.getpid(), "disks": {disk.name: disk.status()}}
+
     def request_stop(self, reason: str) -> None:
         """Make wait() return REASON. Safe in a signal handler."""
         self._stop.put(reason)

@@ -72,8 +72,8 @@ def _verb(prefix: str, argument: str, verb: str, doc: str, run) -> Command:
 
 
 JOB_COMMANDS = (
-    Command("query-jobs", "all jobs, ended ones until they are dismissed", _query_jobs),
-    Command("query-block-jobs", "the same jobs, with the members of QEMU's block jobs", _query_block_jobs),
+    Command("query-jobs", "all jobs, ended ones until they are dismissed", _query_jobs, paged=True),
+    Command("query-block-jobs", "the same jobs, with the members of QEMU's block jobs", _query_block_jobs, paged=True),
     *(_verb("job", "id", *row) for row in _VERBS),
     *(_verb("block-job", "device", *row) for row in _VERBS),
     Command("block-job-set-speed", "limit a running job", _set_speed, (

@@ -135,6 +135,8 @@ def _transaction(daemon: Daemon, actions: list, properties: dict | None = None) 
     for action in actions if bound else ():
         if action.get("type") in _ACTIONS.commands and action["type"] not in _UNDONE:
             raise QmpError(f"Parameter '{_BIND}': '{action['type']}' can't be undone when the client has gone (there is {', '.join(_UNDONE)})")
+        if action.get("type") == "fastcbw-replace" and isinstance(action.get("data"), dict) and "child" in action["data"]:
+            raise QmpError(f"Parameter '{_BIND}': a child that was replaced can't be put back when the client has gone (an export can)")
     transaction_of(daemon, actions, grouped=mode == "grouped", client=client)
 
 
@@ -209,8 +211,8 @@ COMMANDS = (
         Argument("properties", "object", "completion-mode: individual (default), grouped: the jobs complete together or not at all; "
                  f"{_BIND}: what it makes is undone when this connection ends"))),
     Command("query-named-block-nodes", "all nodes", _query_nodes, (
-        Argument("flat", "bool", "without what is below them; it never is there"),)),
-    Command("fastcbw-graph", "all nodes with children, roles and permissions, children first", _graph),
+        Argument("flat", "bool", "without what is below them; it never is there"),), paged=True),
+    Command("fastcbw-graph", "all nodes with children, roles and permissions, children first", _graph, paged=True),
     Command("nbd-server-start", "listen on one more socket", _server_start, (
         Argument("addr", "object", "a unix or inet address", required=True),
         Argument("max-connections", "int", "0: the server's own limit"))),

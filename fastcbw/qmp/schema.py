@@ -59,6 +59,8 @@ class Command:
     """One command: ``run(daemon, **arguments)`` gets what was given, names with ``_``, and returns what goes back.
 
     open_ended: other members are the command's to check, and reach it under the names they have on the wire.
+    paged: it returns a list, of which a part may be asked for (see replies.py): the server does that, run() does not hear of it.
+    narrowed: the argument that makes a long reply of it shorter.
     """
 
     name: str
@@ -66,9 +68,26 @@ class Command:
     run: Callable
     arguments: tuple[Argument, ...] = ()
     open_ended: bool = False
+    paged: bool = False
+    narrowed: str | None = None
     by_name: Mapping[str, Argument] = field(init=False, repr=False, compare=False)
 
+    @property
+    def page_arguments(self) -> tuple[str, ...]:
+        """Where a page begins, and how much it holds: names on the wire, with our prefix where the command is QEMU's."""
+        prefix = "" if self.name.startswith("fastcbw-") else "fastcbw-"
+        return (f"{prefix}start", f"{prefix}limit") if self.paged else ()
+
+    @property
+    def page_hint(self) -> str:
+        """By which arguments a reply gets shorter, or nothing."""
+        return " and ".join(f"'{name}'" for name in self.page_arguments) if self.paged else f"'{self.narrowed}'" if self.narrowed else ""
+
     def __post_init__(self):
+        if self.paged:
+            docs = ("index of the first to return", "how many at most; as many as fit in a reply come, none after the last")
+            more = tuple(Argument(name, "int", doc) for name, doc in zip(self.page_arguments, docs))
+            object.__setattr__(self, "arguments", (*self.arguments, *more))
         object.__setattr__(self, "by_name", {argument.name: argument for argument in self.arguments})
 
     def check(self, given: object) -> dict:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import threading
 import time
@@ -22,6 +21,7 @@ from fastcbw.export.nbd.listen import Listener
 from fastcbw.qmp.clients import Client, client_of, running_for
 from fastcbw.qmp.decoder import REQUEST_BYTES_LIMIT, Decoder, TooLong
 from fastcbw.qmp.errors import COMMAND_NOT_FOUND, QmpError
+from fastcbw.qmp.replies import LONG_REPLIES, cut, encode, encode_reply, take_page
 from fastcbw.qmp.schema import Command, Schema, split_request
 from fastcbw.version import __version__
 
@@ -37,10 +37,6 @@ QEMU_VERSION = {"major": 7, "minor": 2, "micro": 0}
 
 VERSION = {"qemu": QEMU_VERSION, "package": f"fastcbw {__version__}"}
 GREETING = {"QMP": {"version": VERSION, "capabilities": []}}
-
-
-def _encode(message: dict) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
 
 
 class QmpServer:
@@ -81,7 +77,7 @@ class QmpServer:
         """Send an event to every client that has negotiated. Never waits for a client."""
         now = time.time_ns()
         stamp = {"seconds": now // 10**9, "microseconds": now // 1000 % 10**6}
-        line = _encode({"event": event, "data": data, "timestamp": stamp})
+        line = encode({"event": event, "data": data, "timestamp": stamp})
         if not self._closed:
             try:
                 self._loop.call_soon_threadsafe(self._broadcast, line)
@@ -124,7 +120,7 @@ class QmpServer:
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._sessions) >= self.clients_limit:
             error = QmpError(f"too many clients: {self.clients_limit} are connected")
-            writer.write(_encode({"error": error.wire()}))
+            writer.write(encode({"error": error.wire()}))
             writer.close()
             return
         session = _Session(self, reader, writer)
@@ -159,6 +155,7 @@ class _Session:
         self.reader = reader
         self.writer = writer
         self.negotiated = False
+        self.long_replies = False
         self.stopping = False
         self.reading = False
         self.task = asyncio.current_task()
@@ -178,7 +175,7 @@ class _Session:
             self.writer.transport.abort()
 
     async def run(self) -> None:
-        self.send(_encode(GREETING))
+        self.send(encode(GREETING))
         decoder = Decoder(self.server.request_bytes_limit)
         while not self.stopping:
             self.reading = True
@@ -188,21 +185,22 @@ class _Session:
                 break
             try:
                 for request, reason in decoder.feed(data):
-                    reply = {"error": QmpError(reason).wire()} if reason is not None else await self.answer(request)
-                    self.send(_encode(reply))
+                    self.send(encode({"error": QmpError(reason).wire()}) if reason is not None else await self.answer(request))
                     await self.writer.drain()
                     if self.stopping:
                         break
             except TooLong as error:
-                self.send(_encode({"error": QmpError(str(error)).wire()}))
+                self.send(encode({"error": QmpError(str(error)).wire()}))
                 break
         self.writer.close()
         await self.writer.wait_closed()
 
-    async def answer(self, request: object) -> dict:
-        """Return the reply to one decoded request."""
+    async def answer(self, request: object) -> bytes:
+        """Return the line that answers one decoded request."""
+        command = None
         try:
-            reply = {"return": await self.execute(request)}
+            result, command = await self.execute(request)
+            reply = {"return": result}
         except QmpError as error:
             reply = {"error": error.wire()}
         except (Error, ValueError, TypeError, OSError) as error:
@@ -212,25 +210,40 @@ class _Session:
             reply = {"error": QmpError(f"internal error: {_one_line(error)}").wire()}
         if isinstance(request, dict) and "id" in request:
             reply["id"] = request["id"]
-        return reply
+        return encode_reply(reply, command, self.long_replies)
 
-    async def execute(self, request: object):
+    async def execute(self, request: object) -> tuple[object, Command]:
+        """Run the command of one request; return what it returned, and the command."""
         name, given = split_request(request)
         if not self.negotiated and name != "qmp_capabilities":
             raise QmpError("Expecting capabilities negotiation with 'qmp_capabilities'", COMMAND_NOT_FOUND)
         if self.negotiated and name == "qmp_capabilities":
             raise QmpError("Capabilities negotiation is already complete, command ignored", COMMAND_NOT_FOUND)
         command = self.server.schema.find(name)
-        arguments = command.check(given)
+        long = name == "qmp_capabilities" and _takes_long_replies(given)
+        arguments = command.check(_without_long_replies(given) if long else given)
+        page = take_page(command, arguments)
         loop = asyncio.get_running_loop()
         result = await loop.run_in_executor(self.server._pool, self.run_command, command, arguments)
         if name == "qmp_capabilities":
-            self.negotiated = True
-        return {} if result is None else result
+            self.negotiated, self.long_replies = True, long
+        if page is not None:
+            result = cut(result, page, request.get("id"), self.long_replies)
+        return {} if result is None else result, command
 
     def run_command(self, command: Command, arguments: dict):
         with running_for(self.client):
             return command.run(self.server.context, **arguments)
+
+
+def _takes_long_replies(given: object) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("enable"), list) and LONG_REPLIES in given["enable"]
+
+
+def _without_long_replies(given: dict) -> dict:
+    """What the command is to see: it knows nothing of the wire."""
+    others = [name for name in given["enable"] if name != LONG_REPLIES]
+    return {name: value for name, value in given.items() if name != "enable"} | ({"enable": others} if others else {})
 
 
 def _one_line(error: Exception) -> str:

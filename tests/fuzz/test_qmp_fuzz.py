@@ -48,6 +48,20 @@ SEEDS = [
     ("fastcbw-snapshot-create", {"name": "s1", "disks": ["a"], "ram": "1M", "cluster-size": 65536}),
     ("fastcbw-snapshot-delete", {"name": "s1", "disks": ["a"]}), ("fastcbw-snapshot-list", {}),
     ("fastcbw-backup", {"disk": "a", "target": "out.img", "workers": 1, "force": True}),
+    ("blockdev-backup", {"job-id": "k", "device": "m", "target": "t", "sync": "none", "speed": 1 << 20, "auto-dismiss": True}),
+    ("block-dirty-bitmap-add", {"node": "m", "name": "b", "granularity": 4096, "disabled": False}),
+    ("block-dirty-bitmap-merge", {"node": "m", "target": "b", "bitmaps": ["b"]}), ("block-dirty-bitmap-remove", {"node": "m", "name": "b"}),
+    ("blockdev-backup", {"job-id": "l", "device": "m", "target": "t", "sync": "full", "bitmap": "b", "bitmap-mode": "always"}),
+    ("transaction", {"actions": [
+        {"type": "block-dirty-bitmap-clear", "data": {"node": "m", "name": "b"}},
+        {"type": "blockdev-backup", "data": {"device": "m", "target": "t", "sync": "incremental", "bitmap": "b", "auto-finalize": False}}],
+        "properties": {"completion-mode": "grouped"}}),
+    ("transaction", {"actions": [{"type": "blockdev-add", "data": {"driver": "x-fastcbw-memory", "node-name": "g", "size": 4096}}],
+                     "properties": {"fastcbw-bind-to-connection": True}}),
+    ("block-commit", {"job-id": "c", "device": "m", "base-node": "r", "top": "disk.img", "speed": 0, "on-error": "report"}),
+    ("query-block-jobs", {"fastcbw-start": 0, "fastcbw-limit": 2}), ("fastcbw-status", {"disk": "a"}),
+    ("job-complete", {"id": "j"}), ("job-finalize", {"id": "m"}), ("block-job-cancel", {"device": "k", "force": False}), ("job-pause", {"id": "k"}),
+    ("block-job-set-speed", {"device": "k", "speed": 0}),
     ("job-cancel", {"id": "j"}), ("job-dismiss", {"id": "j"}), ("query-commands", {}), ("query-version", {}),
 ]
 WORDS = ["", "a", "a@s1", "m", "t", "cbw", "s", "j", "nowhere", "a/b", "x" * 300, "\x00", "é", "1M", "-1", "full", "raw", "disk.img"]
