@@ -32,6 +32,7 @@ EXTENSIONS = [
     "fastcbw.block.trace",
     "fastcbw.block.throttle",
     "fastcbw.block.cache",
+    "fastcbw.block.switch",
     "fastcbw.block.python",
     "fastcbw.block.nbd_connection",
     "fastcbw.block.nbd",

@@ -33,6 +33,7 @@ class Graph:
         self._next = 1
         self._undo: list[Callable[[], None]] | None = None      # of the transaction under way
         self._leaving: list[Node] = []                          # to be closed when it commits
+        self._settled = False                                   # they have been asked whether they can go
 
     # -- nodes
 
@@ -109,14 +110,13 @@ class Graph:
     def transaction(self) -> Iterator[None]:
         """Make the changes of the block as one: permissions are checked at its end, and an error in it undoes all of them."""
         assert self._undo is None, "one transaction at a time"
-        self._undo, self._leaving = [], []
+        self._undo, self._leaving, self._settled = [], [], False
         try:
             yield
             undo, leaving = self._undo, self._leaving
             self._undo = None
             self._check_leaving(leaving)
-            for node in leaving:
-                node.kind.settle(node)
+            self.settle_leaving()
         except BaseException:
             undo = self._undo if self._undo is not None else undo
             self._undo = []             # checks are put off until all is as it was
@@ -130,6 +130,13 @@ class Graph:
         for node in leaving:
             self._close(node)
         self._refresh()
+
+    def settle_leaving(self) -> None:
+        """Within a transaction, once it can't fail otherwise: have what is to go do what may fail before."""
+        if not self._settled:
+            for node in self._leaving:
+                node.kind.settle(node)
+            self._settled = True
 
     def _check_leaving(self, leaving: list[Node]) -> None:
         """Check the graph as it will be without LEAVING; nothing is closed."""
@@ -278,6 +285,30 @@ class Graph:
             raise
         self._on_undo(lambda: self._move(moved, before))
 
+    def redirect(self, edge: Edge, node: Node) -> None:
+        """Have EDGE end at NODE; what its parent reads and writes is the caller's to change (live.py). Error: nothing has changed.
+
+        A child that was described inside the parent goes with the change.
+        """
+        if isinstance(edge.parent, Node) and edge.parent in _below(node):
+            raise Error(f"node '{edge.parent.name}' would be below itself, by way of node '{node.name}' (a graph has no cycles)")
+        before, place = edge.child, edge.child.parents.index(edge)
+
+        def move_back() -> None:
+            self._move([edge], [before])
+            before.parents.insert(place, before.parents.pop())
+
+        self._move([edge], [node])
+        try:
+            self._refresh()
+        except Error:
+            move_back()
+            self._refresh()
+            raise
+        self._on_undo(move_back)
+        if self._undo is not None and not before.owned and not before.parents:
+            self._leaving.append(before)
+
     @staticmethod
     def _move(edges: list[Edge], children: list[Node]) -> None:
         for edge, child in zip(edges, children):
@@ -347,6 +378,17 @@ def _in_order(planned: Mapping[str, tuple[Node, dict[str, str]]], existing: Mapp
     for name in planned:
         visit(name, name)
     return order
+
+
+def _below(node: Node) -> set[Node]:
+    """NODE and all that is below it."""
+    found, todo = set(), [node]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [edge.child for edge in node.children.values()]
+    return found
 
 
 def _from_the_top(nodes: Iterable[Node]) -> list[Node]:

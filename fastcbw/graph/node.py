@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastcbw.block.switch import SwitchDevice
 from fastcbw.disk import Disk, Snapshot
 from fastcbw.graph.permissions import Needs, Permission
 
@@ -57,6 +58,8 @@ class Node:
     server: Any = None                  # of a format that another process reads: that process
     snapshot: Snapshot | None = None    # of a copy-before-write node: what its snapshot-access nodes show
 
+    joints: dict[str, SwitchDevice] = field(default_factory=dict)       # by child: where another can be put in its stead, under load
+
     @property
     def label(self) -> str:
         return f"node '{self.name}'"
@@ -85,6 +88,12 @@ class Node:
         """What an export of the node serves. Every write to a live disk passes its filter, whichever node it enters by."""
         return self.device if not self.kind.live else self.disk().device
 
+    def joint(self, child: str) -> SwitchDevice:
+        """What the node is to read and write as CHILD, for good: replacing the child changes what is behind it. For open()."""
+        edge = self.children[child]
+        self.joints[child] = SwitchDevice(device_for(edge.role, edge.child), name=edge.child.name)
+        return self.joints[child]
+
     def describe(self) -> dict[str, Any]:
         """Return the node for `fastcbw graph`: driver, length, children with roles and permissions, parents."""
         return {
@@ -96,3 +105,9 @@ class Node:
                           "shared": edge.needs.shared.words} for edge in self.children.values()],
             "parents": [{"parent": edge.label, "name": edge.name, "role": edge.role} for edge in self.parents],
         }
+
+
+def device_for(role: str, child: Node) -> BlockDevice:
+    """What a parent in ROLE gets of CHILD: the disk with the filter on it, so that its bitmaps see what is written and its snapshots are
+    kept; or, of a store or target, which is nobody else's, the bytes."""
+    return child.device if role in ("store", "target") else child.guest()

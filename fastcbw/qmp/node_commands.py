@@ -64,8 +64,26 @@ def _do_export(daemon: Daemon, backups: list[Backup], type: str, id: str, node_n
     return lambda: daemon.nodes.remove_export(id, "hard")
 
 
-def _do_replace(daemon: Daemon, backups: list[Backup], parent: str, node: str) -> Callable[[], None]:
-    return daemon.nodes.replace(parent, node)
+def _do_replace(daemon: Daemon, backups: list[Backup], parent: str, node: str, child: str | None = None,
+                timeout: int | None = None) -> Callable[[], None] | None:
+    daemon.nodes.live.within(timeout)
+    return daemon.nodes.replace(parent, node, child)
+
+
+def _do_reopen(daemon: Daemon, backups: list[Backup], options: list[dict[str, Any]]) -> Callable[[], None]:
+    undo: list[Callable[[], None]] = []
+
+    def undo_all() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        for description in options:
+            undo.append(daemon.nodes.live.reopen(description))
+    except BaseException:
+        undo_all()
+        raise
+    return undo_all
 
 
 def _do_backup(daemon: Daemon, backups: list[Backup], device: str, target: str, sync: str, **options: Any) -> None:
@@ -95,9 +113,13 @@ _ACTIONS = Schema([
         Argument("bitmaps", "strings", "dirty bitmaps to export as qemu:dirty-bitmap:NAME; all are, these have to exist"),
         Argument("writethrough", "bool", "false"),
         Argument("allocation-depth", "bool", "false"))),
-    Command("fastcbw-replace", "have an export end at another node of the same disk; its clients stay", _do_replace, (
-        Argument("parent", "str", "the export's id", required=True),
-        Argument("node", "str", "the node", required=True))),
+    Command("fastcbw-replace", "have an export, or a child of a node, be another node; clients stay", _do_replace, (
+        Argument("parent", "str", "the export's id; with child, the node's name", required=True),
+        Argument("node", "str", "the node", required=True),
+        Argument("child", "str", "which child of the node: file, target"),
+        Argument("timeout", "int", "milliseconds that clients' requests are held at most (default 2000)"))),
+    Command("blockdev-reopen", "change options of nodes", _do_reopen, (
+        Argument("options", "objects", "whole descriptions, as of blockdev-add; children that are left out stay", required=True),)),
     Command("blockdev-backup", "copy a node to another: a snapshot, or a live disk as it is now", _do_backup, (
         Argument("job-id", "str", "the job (default: the node's name)"),
         Argument("device", "str", "the node to copy", required=True),

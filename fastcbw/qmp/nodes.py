@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastcbw.block.switch import SwitchDevice
 from fastcbw.disk import Disk
 from fastcbw.errors import Error
 from fastcbw.export.nbd.dirty import PREFIX
@@ -17,6 +18,7 @@ from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import GUEST, READER
 from fastcbw.qmp.backups import Backup, Backups
 from fastcbw.qmp.commits import Commits
+from fastcbw.qmp.live import Live
 
 if TYPE_CHECKING:
     from fastcbw.qmp.daemon import Daemon
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 class NodeExport:
     """One export made by block-export-add."""
 
-    def __init__(self, id: str, name: str, node: Node, user: User):
+    def __init__(self, id: str, name: str, node: Node, user: User, switch: SwitchDevice | None = None):
         self.id, self.name, self.node, self.user = id, name, node, user
+        self.switch = switch        # of a live disk: where its clients' requests are sent to another node
 
 
 class Nodes:
@@ -38,6 +41,7 @@ class Nodes:
         self.graph = Graph()
         self.backups = Backups(daemon, self.graph)
         self.commits = Commits(daemon, self.graph)
+        self.live = Live(self.graph)
         self.exports: dict[str, NodeExport] = {}        # made by block-export-add, by id
         self._served: dict[str, NodeExport] = {}        # of the disks that the daemon serves by itself, by name
         self._listening: str | None = None
@@ -128,15 +132,16 @@ class Nodes:
                 raise Error(f"Bitmap '{bitmap}' is not found")
         user = self.graph.attach(f"export '{id}'", [(node, "root", "source", GUEST if writable else READER)])
         snapshot = node.snapshot
-        hooks = {"contexts": node.disk().contexts} if node.kind.live else {
+        export = NodeExport(id, name, node, user, SwitchDevice(node.guest(), name=node.name) if node.kind.live else None)
+        hooks = {"contexts": lambda: export.node.disk().contexts()} if node.kind.live else {
             "contexts": snapshot.contexts, "on_connect": snapshot.hold, "on_disconnect": snapshot.release}
         try:
-            self.daemon.nbd.add_export(name, node.guest(), read_only=not writable, description=description,
+            self.daemon.nbd.add_export(name, export.switch or node.guest(), read_only=not writable, description=description,
                                        background=not node.kind.live, **hooks)
         except BaseException:
             self.graph.detach(user)
             raise
-        self.exports[id] = NodeExport(id, name, node, user)
+        self.exports[id] = export
 
     def remove_export(self, id: str, mode: str = "safe") -> None:
         if mode not in ("safe", "hard"):
@@ -152,17 +157,18 @@ class Nodes:
         self.graph.detach(export.user)
         self.daemon.emit("BLOCK_EXPORT_DELETED", {"id": id})
 
-    def replace(self, parent: str, node_name: str) -> Callable[[], None]:
-        """Have an export end at another node of the same disk; its clients stay and nothing waits. Return what a transaction undoes it by."""
+    def replace(self, parent: str, node_name: str, child: str | None = None) -> Callable[[], None] | None:
+        """Have an export, or the CHILD of the node PARENT, be another node; clients stay. Return what a transaction undoes it by."""
+        node = self.graph.find(node_name)
+        if child is not None:
+            self.live.replace_child(parent, child, node)
+            return None
         export = self.exports.get(parent) or self._served.get(parent)
         if export is None:
             raise Error(f"export '{parent}': not found (exports by id: {', '.join([*self._served, *self.exports]) or 'none'})")
-        node = self.graph.find(node_name)
         if not node.kind.live:
             raise Error(f"node '{node.name}': shows a snapshot, no live disk (name a node of the disk itself)")
-        self.graph.move(export.user, node)
-        before, export.node = export.node, node
-        return lambda: setattr(export, "node", before)
+        return self.live.replace_root(export, node)
 
     # -- transactions
 
@@ -173,14 +179,16 @@ class Nodes:
         """
         backups: list[Backup] = []
         undo: list[Callable[[], None]] = []
-        with self.graph.transaction():
+        with self.graph.transaction(), self.live.collecting():
             try:
                 for action in actions:
                     step = action(backups)
                     if step is not None:
                         undo.append(step)
                 self.graph.check()
-                return self.backups.start(backups, grouped=grouped)
+                with self.live.carried_out():
+                    self.graph.settle_leaving()
+                    return self.backups.start(backups, grouped=grouped)
             except BaseException:
                 for backup in backups:
                     self.daemon.jobs.give_back(backup.id)

@@ -18,8 +18,7 @@ class Kind:
     guest above it is a guest of that child's disk; None: the node has bytes of its own. live: guests may write through it.
     changeable: options that blockdev-reopen may change.
 
-    What has a device of its own above a child reads and writes `child.guest()`, the child's disk with the filter on it: so that the
-    child's bitmaps see what is written, and its snapshots are kept.
+    What has a device of its own above a child reads and writes `node.joint(name)`, behind which another child can be put.
     """
 
     driver: str
@@ -44,6 +43,9 @@ class Kind:
     def change(self, node: Node, options: dict[str, Any]) -> None:
         """Have NODE follow OPTIONS, checked ones, of which only `changeable` differ from its own. An error leaves it as it was."""
         raise NotImplementedError
+
+    def check_replace(self, node: Node, child: str) -> None:
+        """Error when another node cannot be put in the stead of CHILD just now."""
 
     def needs(self, node: Node, child: str, above: Needs) -> Needs:
         """What the edge to CHILD needs when the parents of NODE together need ABOVE. A filter passes that on."""

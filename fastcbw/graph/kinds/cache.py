@@ -7,6 +7,7 @@ from fastcbw.errors import Error
 from fastcbw.graph.kinds.base import Kind
 from fastcbw.graph.node import Node
 from fastcbw.graph.options import NodeOption
+from fastcbw.graph.permissions import Needs, Permission
 
 COPY_ON_READ_SIZE = 64 << 20
 
@@ -24,7 +25,7 @@ class Cache(Kind):
         size = node.options.get("size", COPY_ON_READ_SIZE)
         if size > SIZE_MAX:
             raise Error(f"Parameter 'size' expects a value of at most {SIZE_MAX}, not {size}")
-        node.device = CacheDevice(node.children["file"].child.guest(), size=size, writeback=self._writeback(node), name=node.name)
+        node.device = CacheDevice(node.joint("file"), size=size, writeback=self._writeback(node), name=node.name)
 
     def _writeback(self, node: Node) -> bool:
         return node.options.get("mode", "writeback") == "writeback"
@@ -37,6 +38,10 @@ class Cache(Kind):
     def close(self, node: Node) -> None:
         """The child is not ours."""
         self.settle(node)
+
+    def needs(self, node: Node, child: str, above: Needs) -> Needs:
+        # What others write below would not be seen above.
+        return Needs(above.taken, above.shared & ~(Permission.WRITE | Permission.RESIZE))
 
 
 class CopyOnRead(Cache):

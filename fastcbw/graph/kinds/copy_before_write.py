@@ -36,7 +36,7 @@ class CopyBeforeWrite(Kind):
     def open(self, node: Node) -> None:
         disk = node.disk()
         node.device = node.children["file"].child.device
-        node.snapshot = disk.snapshot(node.name, spill=node.children["target"].child.device, **snapshot_options(node))
+        node.snapshot = disk.snapshot(node.name, spill=node.joint("target"), **snapshot_options(node))
 
     def close(self, node: Node) -> None:
         if node.snapshot is not None:

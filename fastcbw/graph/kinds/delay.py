@@ -20,7 +20,7 @@ class Delay(Kind):
     changeable = (*_MS, "bytes-per-s")
 
     def open(self, node: Node) -> None:
-        node.device = DelayDevice(node.children["file"].child.guest(), name=node.name, io="threads", **self._delays(node.options))
+        node.device = DelayDevice(node.joint("file"), name=node.name, io="threads", **self._delays(node.options))
 
     def change(self, node: Node, options: dict[str, Any]) -> None:
         node.device.set(**self._delays(options))

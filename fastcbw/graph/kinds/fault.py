@@ -31,7 +31,7 @@ class Fault(Kind):
     changeable = ("rules",)
 
     def open(self, node: Node) -> None:
-        device = FaultDevice(node.children["file"].child.guest(), name=node.name, io="threads")
+        device = FaultDevice(node.joint("file"), name=node.name, io="threads")
         node.rules = _install(device, node.options)
         node.device = device
 

@@ -23,7 +23,7 @@ class Throttle(Kind):
     changeable = ("limits",)
 
     def open(self, node: Node) -> None:
-        node.device = ThrottleDevice(node.children["file"].child.guest(), name=node.name, **_limits(node.options))
+        node.device = ThrottleDevice(node.joint("file"), name=node.name, **_limits(node.options))
 
     def change(self, node: Node, options: dict[str, Any]) -> None:
         node.device.set(**_limits(options))

@@ -17,7 +17,7 @@ class Trace(Kind):
     def open(self, node: Node) -> None:
         path = node.options["trace"]
         try:
-            node.device = TraceDevice(node.children["file"].child.guest(), path, name=node.name)
+            node.device = TraceDevice(node.joint("file"), path, name=node.name)
         except OSError as error:
             raise Error(f"Could not create '{path}': {error.strerror}") from None
 

@@ -26,7 +26,7 @@ class WriteNotifierKind(Kind):
     def open(self, node: Node) -> None:
         options = node.options
         try:
-            node.device = WriteNotifier(node.children["file"].child.guest(), node.children["target"].child.device, name=node.name,
+            node.device = WriteNotifier(node.joint("file"), node.joint("target"), name=node.name,
                                         cluster_size=options.get("cluster-size", 65536),
                                         on_cbw_error=options.get("on-cbw-error", "break-guest-write"))
         except ValueError as error:
@@ -35,6 +35,10 @@ class WriteNotifierKind(Kind):
     def close(self, node: Node) -> None:
         """The child is not ours."""
         node.device.end()
+
+    def check_replace(self, node: Node, child: str) -> None:
+        if node.device.has_begun and not node.device.is_ended:
+            raise Error(f"node '{node.name}': its backup runs (wait for its end, or cancel it)")
 
     def needs(self, node: Node, child: str, above: Needs) -> Needs:
         if child == "target":

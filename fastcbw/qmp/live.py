@@ -1,0 +1,139 @@
+"""Live editing of a daemon's graph: another node for an export or for a child (fastcbw-replace), other options (blockdev-reopen).
+
+Within one run of actions the graph's edges move first, so that permissions are checked as the graph will be; the devices are changed at
+the end, all as one (graph/live.py), or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastcbw.errors import Error
+from fastcbw.graph.graph import Graph
+from fastcbw.graph.live import HOLD_SECONDS, Change, changed
+from fastcbw.graph.node import Node, device_for
+from fastcbw.graph.options import check_options
+
+if TYPE_CHECKING:
+    from fastcbw.block.switch import SwitchDevice
+    from fastcbw.qmp.nodes import NodeExport
+
+Undo = Callable[[], None]
+
+
+class Live:
+    """Changes of GRAPH under load. Methods are called with the daemon's change lock held."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._changes: dict[SwitchDevice, Change] | None = None     # of the run under way
+        self._seconds = HOLD_SECONDS
+
+    @contextmanager
+    def collecting(self) -> Iterator[Live]:
+        """Collect the changes of the block's actions; carried_out() makes them."""
+        self._changes, self._seconds = {}, HOLD_SECONDS
+        try:
+            yield self
+        finally:
+            self._changes = None
+
+    @contextmanager
+    def carried_out(self) -> Iterator[None]:
+        """Hold all places, run the block, make the changes."""
+        with changed(list(self._changes.values()), self._seconds):
+            yield
+
+    def _change(self, change: Change) -> None:
+        if self._changes is None:
+            if change.device is not change.place.child:
+                with changed([change]):
+                    pass
+        elif change.device is change.place.child:
+            self._changes.pop(change.place, None)       # there already: an action before this one wanted another
+        else:
+            self._changes[change.place] = change
+
+    def within(self, milliseconds: int | None) -> None:
+        """Let the changes of this run take no longer than that."""
+        if milliseconds is not None:
+            if not 0 < milliseconds <= 60_000:
+                raise Error(f"Parameter 'timeout' expects milliseconds from 1 to 60000, not {milliseconds}")
+            self._seconds = milliseconds / 1000
+
+    # -- fastcbw-replace
+
+    def replace_root(self, export: NodeExport, node: Node) -> Undo:
+        """Have EXPORT end at NODE; its clients stay. Within one disk nothing waits."""
+        before = export.node
+        if export.switch is None and node.bottom is not before.bottom:
+            raise Error(f"{export.user.label}: the daemon serves this disk by itself, so that it can only be moved within it, not to node "
+                        f"'{node.name}' (serve it with block-export-add)")
+        change = None if export.switch is None else Change(export.switch, node.guest())
+        if change is not None:
+            change.check()
+        (edge,) = [edge for edge in before.parents if edge.parent is export.user]
+        self.graph.redirect(edge, node)
+        if change is not None:
+            try:
+                self._change(change)
+            except BaseException:
+                self.graph.redirect(edge, before)
+                raise
+        export.node = node
+        return lambda: setattr(export, "node", before)
+
+    def replace_child(self, parent: str, child: str, node: Node) -> None:
+        """Have the node PARENT use NODE as CHILD."""
+        above = self.graph.find(parent)
+        edge = above.children.get(child)
+        if edge is None:
+            raise Error(f"node '{parent}' has no child '{child}' (there is {', '.join(above.children) or 'none'})")
+        place = above.joints.get(child)
+        if place is None:
+            raise Error(f"node '{parent}': its child '{child}' is what it shows (replace '{parent}' itself where it is used)")
+        if edge.child is node:
+            return
+        above.kind.check_replace(above, child)
+        if edge.role == "filtered" and not node.kind.live:
+            raise Error(f"node '{node.name}': shows a snapshot, no live disk")
+        change = Change(place, device_for(edge.role, node), takes_content=edge.role == "store")
+        change.check()
+        self.graph.redirect(edge, node)
+        self._change(change)
+
+    # -- blockdev-reopen
+
+    def reopen(self, description: dict[str, Any]) -> Undo:
+        """Have a node follow DESCRIPTION, a whole one: what it leaves out gets its default, but children, which stay."""
+        name = description.get("node-name")
+        if not isinstance(name, str):
+            raise Error("node-name not specified")
+        node = self.graph.find(name)
+        if description.get("driver") != node.kind.driver:
+            raise Error(f"Cannot change the option 'driver' (node '{name}' is '{node.kind.driver}')")
+        children = {child: edge.child.name for child, edge in node.children.items()}
+        given = children | description
+        options = check_options(node.kind.driver, node.kind.options, tuple(children), given)
+        for option in sorted(set(options) | set(node.options)):
+            if options.get(option) != node.options.get(option) and option not in node.kind.changeable:
+                words = ", ".join(node.kind.changeable) or "none"
+                raise Error(f"Cannot change the option '{option}' (of driver '{node.kind.driver}' these can be changed: {words})")
+        for child, before in children.items():
+            if not isinstance(given[child], str):
+                raise Error(f"Invalid parameter type for '{child}', expected: a node-name (a node is not described in place here)")
+            if given[child] != before:
+                self.replace_child(name, child, self.graph.find(given[child]))
+        before_options = node.options
+        if options != before_options:
+            node.kind.change(node, options)
+            node.options = options
+
+        def undo() -> None:
+            if node.options is not before_options:
+                node.kind.change(node, before_options)
+                node.options = before_options
+
+        return undo
