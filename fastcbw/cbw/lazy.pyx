@@ -26,6 +26,7 @@ from libc.stdint cimport int64_t, uint64_t
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Ticket, claim_release, claim_wait, cluster_end, enter, enter_guest,
                                 geometry_ref, geometry_unref, is_current, leave, mark_range, needed_word, wanted_word)
+from fastcbw.cbw.stops cimport STOP_CARRY_CLAIMED, STOP_DISCARD_ENTERED, pass_stop
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, and_seq, load_seq, or_acquire, or_seq, sub_seq
 from fastcbw.kernels.sparse cimport sparse_mark, sparse_next_one
 from fastcbw.sync cimport now_ns
@@ -143,6 +144,7 @@ cdef int64_t discard_words(EngineState state, Epoch *epoch, int64_t *at, int64_t
         now = load_seq(epoch.settled + w) & word_range(w, at[0] >> bits, last)
         rest = word_range(w, at[0] >> bits, last) & ~now
         if rest:
+            pass_stop(state.stops, STOP_DISCARD_ENTERED)
             got = rest & ~or_acquire(geometry.claims + w, rest)
             if got:
                 if not is_current(state, epoch):                                    # R3
@@ -269,6 +271,7 @@ cdef bint carry_run(EngineState state, Epoch *epoch, int64_t *cursor, int64_t *b
         busy[0] += lazy_recorded(geometry, first)       # somebody has the claim
         cursor[0] += 1
         return True
+    pass_stop(state.stops, STOP_CARRY_CLAIMED)
     if not is_current(state, epoch):                                                # R3
         claim_release(geometry, got, base * 64, words * 64)
         cursor[0] = first

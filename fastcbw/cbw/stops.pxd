@@ -14,7 +14,9 @@ cdef enum:
     STOP_READER_COPIED = 9      # it has copied, and not looked again yet
     STOP_GUEST_FOUND = 10       # the same of a guest read that is served from RAM
     STOP_GUEST_COPIED = 11
-    STOPS = 12
+    STOP_DISCARD_ENTERED = 12   # a guest discard is counted and has something unsettled; it has no claim yet
+    STOP_CARRY_CLAIMED = 13     # a recorded discard is to be carried out and claimed; whether the epoch has passed was not looked at yet
+    STOPS = 14
 
 cdef class Stops:
     cdef pthread_mutex_t mutex

@@ -12,7 +12,7 @@ from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broa
 
 #: The places by name, in the order of the enum.
 POINTS = ("write-entered", "insert-read", "insert-claimed", "insert-checked", "drop-entered", "drop-claimed", "drop-cleared",
-          "drop-decided", "reader-found", "reader-copied", "guest-found", "guest-copied")
+          "drop-decided", "reader-found", "reader-copied", "guest-found", "guest-copied", "discard-entered", "carry-claimed")
 
 
 cdef class Stops:

@@ -1,4 +1,4 @@
-"""The [M] rules of copy-on-read, drop and guest reads from RAM, each by name, and what a slot's generation is for.
+"""The [M] rules of copy-on-read, drop, guest reads from RAM and lazy discard that have no I/O in them, and what a slot's generation is for.
 
 What has no I/O in it is held at a stop (cbw/stops), the rest at a gate of the device.
 """
@@ -8,8 +8,10 @@ from test_copy_on_read import CLUSTERS, LENGTH, K, content, keep
 from test_copy_on_read import counted, disk  # noqa: F401 - fixtures
 from test_invariants import Task, wait_for_flip
 
+from fastcbw.block.delay import DelayDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.cbw.stops import Stops
+from fastcbw.errors import NotInSnapshot
 
 EVERYTHING = b"".join(map(content, range(CLUSTERS)))
 
@@ -185,10 +187,70 @@ def test_m_drop_gives_up_while_a_creation_drains(engine, stops):  # noqa: F811
         fill(older)                     # into the new one, which needs it
         older.read(13 * K, K)
         with stops.hold("drop-claimed"):
-            write(engine, 40, b"n", 3)
+            Task(write, engine, 40, b"n", 3).result()       # it did not come to where a drop goes on
         assert creation.is_alive()
     newer = creation.result()
     assert reader.result() == content(50)
     assert older.read(0, LENGTH) == EVERYTHING
     assert newer.read(0, 40 * K) == EVERYTHING[: 40 * K] and newer.read(43 * K, 20 * K) == EVERYTHING[43 * K : 63 * K]
     assert engine.report("s2")["disk_bytes"] >= K       # the third of the write found no slot
+
+
+# -- lazy discard
+
+
+def test_m_r3_a_discard_whose_epoch_has_passed_records_nothing_in_it(engine, disk, stops):  # noqa: F811
+    """A reader leaves the cluster in the new snapshot's RAM meanwhile, and settles it: a record would be carried out over a later write."""
+    older = engine.snapshot("s1", ram="1M", copy_on_read=True)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
+    with stops.hold("discard-entered", 1) as stop:
+        trimmer = Task(engine.device.discard, 3 * K, K)
+        stop.wait_arrived()
+        creation = Task(engine.snapshot, "s2", ram="1M")
+        wait_for_flip(engine)
+        assert older.read(3 * K, K) == content(3)           # goes to s2, the newest that needs it
+        assert creation.is_alive()
+    trimmer.result()
+    newer = creation.result()
+    assert older.read(3 * K, K) == newer.read(3 * K, K) == content(3)
+    write(engine, 3, b"n")
+    engine.delete("s1")
+    engine.delete("s2")
+    engine.finish_discards()
+    assert disk.read(3 * K, K) == b"n" * K
+
+
+def test_m_r3_carrying_out_gives_up_when_its_epoch_has_passed(engine, disk, stops):  # noqa: F811
+    """A snapshot that began meanwhile needs the cluster: it is that one's end that the discard waits for."""
+    engine.snapshot("s1", ram="1M")
+    engine.device.discard(3 * K, K)
+    write(engine, CLUSTERS - 1, b"o")       # settled: the next one that copies is after the flip
+    with stops.hold("carry-claimed", 1) as stop:
+        engine.delete("s1")
+        stop.wait_arrived()
+        creation = Task(engine.snapshot, "s2", ram="1M")
+        wait_for_flip(engine)
+        assert creation.is_alive()          # carrying out is counted in the epoch before
+    view = creation.result()
+    engine.finish_discards()
+    assert view.read(3 * K, K) == disk.read(3 * K, K) == content(3) and engine.counters()["lazy_bytes"] == K
+    engine.delete("s2")
+    engine.finish_discards()
+    assert disk.read(3 * K, K) == bytes(K)
+
+
+# -- the disk tier
+
+
+def test_m_a_cluster_of_the_log_is_looked_up_again_after_its_read(engine):  # noqa: F811
+    """Its reader discards it meanwhile, so that its segment is given back: what the log returns then says nothing."""
+    tier = DelayDevice(MemoryDevice(LENGTH))
+    view = engine.snapshot("s", ram=0, spill=tier, spill_limit=3 * K)       # segments of two clusters
+    write(engine, 3, b"n", 2)
+    with tier.hold("read") as gate:
+        reader = Task(view.read, 3 * K, K)
+        gate.wait_arrived()
+        view.discard(3 * K, 2 * K)
+        assert tier.child.read(0, 3 * K) == bytes(3 * K)
+    with pytest.raises(NotInSnapshot):
+        reader.result()
