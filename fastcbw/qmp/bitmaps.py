@@ -51,9 +51,17 @@ def _do_merge(daemon: Daemon, backups: list, node: str, target: str, bitmaps: li
     daemon.bitmap(node, target).merge(*bitmaps)
 
 
-def _remove(daemon: Daemon, node: str, name: str) -> None:
-    with daemon.changing():
-        daemon.bitmap(node, name).remove()
+def _do_remove(daemon: Daemon, backups: list, node: str, name: str) -> Callable[[], None]:
+    """Undone too late for what was written meanwhile, as with disable."""
+    bitmap = daemon.bitmap(node, name)
+    granularity, enabled = bitmap.granularity, bitmap.enabled
+    bitmap.remove()
+
+    def undo() -> None:
+        again = daemon.disk(node).add_bitmap(name, granularity=granularity, enabled=enabled)
+        again.mark_all()
+
+    return undo
 
 
 _NODE = Argument("node", "str", "the disk", required=True)
@@ -73,6 +81,6 @@ BITMAP_ACTIONS = (
         _NODE,
         Argument("target", "str", "the bitmap that is changed", required=True),
         Argument("bitmaps", "strings", "names of bitmaps of the same disk, of any granularity", required=True))),
+    Command("block-dirty-bitmap-remove", "remove a bitmap that no job uses", _do_remove, (_NODE, _NAME)),
 )
 
-BITMAP_COMMANDS = (Command("block-dirty-bitmap-remove", "remove a bitmap that no job uses", _remove, (_NODE, _NAME)),)

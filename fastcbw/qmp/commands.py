@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastcbw.errors import Error
-from fastcbw.qmp.bitmaps import BITMAP_COMMANDS
 from fastcbw.qmp.cache_commands import CACHE_COMMANDS
 from fastcbw.qmp.daemon import Daemon
 from fastcbw.qmp.errors import QmpError
@@ -136,6 +135,5 @@ COMMANDS = Schema([
         Argument("disk", "str", "of this disk only, and of nothing else"),), narrowed="disk"),
     *JOB_COMMANDS,
     *NODE_COMMANDS,
-    *BITMAP_COMMANDS,
     *CACHE_COMMANDS,
 ])

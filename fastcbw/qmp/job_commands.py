@@ -43,6 +43,13 @@ def _dismiss(daemon: Daemon, job: str) -> None:
     daemon.jobs.dismiss(job)
 
 
+def _change(daemon: Daemon, id: str, type: str, copy_mode: str | None = None) -> None:
+    record = daemon.jobs.find(id)
+    if type != record.type:
+        raise QmpError(f"Job '{id}' is of type '{record.type}', not '{type}'")
+    raise QmpError("Job type does not support change")      # QEMU's words; in QEMU mirror does, which is not here
+
+
 def _set_speed(daemon: Daemon, device: str, speed: int) -> None:
     if speed < 0:
         raise QmpError("Invalid parameter 'speed'")
@@ -76,6 +83,10 @@ JOB_COMMANDS = (
     Command("query-block-jobs", "the same jobs, with the members of QEMU's block jobs", _query_block_jobs, paged=True),
     *(_verb("job", "id", *row) for row in _VERBS),
     *(_verb("block-job", "device", *row) for row in _VERBS),
+    Command("block-job-change", "change what kind of copy a job makes; no kind of job here has a choice", _change, (
+        Argument("id", "str", "the job", required=True),
+        Argument("type", "str", "its type", required=True),
+        Argument("copy-mode", "str", "of a mirror"))),
     Command("block-job-set-speed", "limit a running job", _set_speed, (
         Argument("device", "str", "the job", required=True),
         Argument("speed", "int", "bytes per second; 0: no limit", required=True))),

@@ -40,9 +40,9 @@ class Session:
     async def io(self, export, command, patterns):
         await asyncio.to_thread(qemu_io, self.socket, export, command, patterns)
 
-    async def insert(self, **options):
-        """The filter above the disk in use, and its snapshot's export, as one."""
-        await self.add(driver="x-fastcbw-memory", **{"node-name": "temp", "size": 2 * M})
+    async def insert(self, store=None, **options):
+        """The filter above the disk in use, and its snapshot's export, as one. store: the node `temp`, a disk in memory by default."""
+        await self.client.execute("blockdev-add", {"node-name": "temp"} | (store or {"driver": "x-fastcbw-memory", "size": 2 * M}))
         await self("transaction", actions=[{"type": "blockdev-add", "data": FILTER | options}, {"type": "blockdev-add", "data": SNAPSHOT},
                                            {"type": "fastcbw-replace", "data": {"parent": "guest", "node": "cbw"}},
                                            {"type": "block-export-add", "data": {"type": "nbd", "id": "fleece", "node-name": "snap"}}])
@@ -85,7 +85,23 @@ def play(path, script, bitmap=None):
 
 
 def test_filter_and_cache(tmp_path):
-    """No node at all: a snapshot whose old data is in memory."""
+    """The store is a cache node above a file; old data that no flush has brought there is read from the cache."""
+    async def script(session):
+        with open(tmp_path / "temp.img", "wb") as file:
+            file.truncate(2 * M)
+        below = {"driver": "file", "node-name": "temp-file", "filename": str(tmp_path / "temp.img")}
+        await session.insert(store={"driver": "x-fastcbw-cache", "size": 1 * M, "file": below}, ram=0)
+        await session.io("snap", "read", BEFORE + ZEROES)
+        await session.io("vm", "write", AFTER)
+        await session.io("snap", "read", BEFORE + ZEROES)
+        await session.io("vm", "read", AFTER + UNTOUCHED)
+        await session.take_out()
+
+    play(tmp_path, script)
+
+
+def test_filter_and_cache_without_a_node(tmp_path):
+    """A snapshot by our own command, whose old data is in memory."""
     async def script(session):
         await session("fastcbw-snapshot-create", name="snap", disks=["disk"], ram=1 * M, cluster_size=64 * K)
         await session.io("disk-file@snap", "read", BEFORE + ZEROES)

@@ -127,3 +127,14 @@ def test_a_backup_job_has_the_bitmap_and_gives_it_back(daemon, remote, tmp_path)
     assert list(disk.bitmaps) == ["b0"]
     with pytest.raises(fastcbw.Error, match="'b1' of a: not found"):
         bitmap.report()
+
+
+def test_a_removal_in_a_transaction_that_fails_brings_the_bitmap_back_and_it_marks_too_much_rather_than_too_little(daemon, execute):
+    daemon.disks["a"].add_bitmap("b0", granularity=512)
+    remove = {"type": "block-dirty-bitmap-remove", "data": {"node": "a", "name": "b0"}}
+    with pytest.raises(Error, match="'nowhere'"):
+        execute("transaction", actions=[remove, {"type": "block-dirty-bitmap-clear", "data": {"node": "a", "name": "nowhere"}}])
+    bitmap = daemon.disks["a"].bitmaps["b0"]
+    assert bitmap.enabled and bitmap.granularity == 512 and counts(daemon) == {"b0": daemon.disks["a"].length}
+    execute("transaction", actions=[remove])
+    assert counts(daemon) == {}

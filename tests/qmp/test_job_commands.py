@@ -95,3 +95,14 @@ def test_the_schema_tells_of_every_command_and_its_arguments(remote):
     named = {member["type"] for entry in entries.values() for member in entry.get("members", ())}
     assert named <= set(entries)
     assert len(json.dumps(list(entries.values()))) < 64 << 10       # within the read limit of qemu.qmp
+
+
+def test_no_kind_of_job_here_is_one_that_can_be_changed(daemon, execute):
+    execute("blockdev-backup", job_id="j", device="from", target="to", sync="full", auto_dismiss=False)
+    ended(daemon)
+    with pytest.raises(Error, match="^Job type does not support change$"):
+        execute("block-job-change", id="j", type="backup")
+    with pytest.raises(Error, match="Job 'j' is of type 'backup', not 'mirror'"):
+        execute("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
+    with pytest.raises(Error, match="job 'x': not found"):
+        execute("block-job-change", id="x", type="backup")
