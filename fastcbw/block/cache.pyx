@@ -127,13 +127,14 @@ cdef class CacheDevice(BlockDevice):
     # -- control plane
 
     def counters(self):
-        """Return, in bytes: hit (reads served from RAM), read (from the child), written_back, dirty (now), used (now)."""
+        """Return, in bytes: hit (reads served from RAM), read (from the child), written_back; dirty and used, now, of the blocks at rest."""
         cdef int64_t i, dirty = 0, used = 0
         with nogil:
             pthread_mutex_lock(&self.mutex)
             for i in range(self.slot_count):
-                used += popcountll(self.slots[i].valid)
-                dirty += popcountll(self.slots[i].dirty)
+                if not self.slots[i].busy:
+                    used += popcountll(self.slots[i].valid)
+                    dirty += popcountll(self.slots[i].dirty)
             pthread_mutex_unlock(&self.mutex)
         return {"hit": load_relaxed(&self.hit_bytes), "read": load_relaxed(&self.read_bytes),
                 "written_back": load_relaxed(&self.written_bytes), "dirty": dirty << SECTOR_BITS, "used": used << SECTOR_BITS}

@@ -33,6 +33,7 @@ cdef class FaultDevice(BlockDevice):
 
     cdef int meet(self, int operation, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
     cdef void note(self, int operation, int64_t length, uint32_t flags) noexcept nogil
+    cdef void stall(self, const RuleState *rule, int64_t until) noexcept nogil
     cdef bint has_rule(self, int operation, int64_t offset, int64_t length) noexcept nogil
 
 cdef class Rule:

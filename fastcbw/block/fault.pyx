@@ -25,16 +25,9 @@ cdef enum:
 
 ERRNO_MAX = 4095
 STALL_MS_MAX = 3_600_000
+cdef int64_t STALL_POLL_NS = 10000000
 RULES_LIMIT = RULES_MAX
 OPERATION_NAMES = ("read", "write", "zero", "discard", "flush", "status")
-
-
-cdef void sleep_until(int64_t ns) noexcept nogil:
-    """Sleep until the monotonic clock reads NS; signals don't shorten it."""
-    cdef int64_t left = ns - now_ns()
-    while left > 0:
-        sleep_ns(left)
-        left = ns - now_ns()
 
 
 cdef class FaultDevice(BlockDevice):
@@ -148,6 +141,7 @@ cdef class FaultDevice(BlockDevice):
     cdef int meet(self, int operation, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         """Count the request; 0, or the -errno it fails with."""
         cdef RuleState *rule
+        cdef RuleState *stalling = NULL
         cdef int64_t until = 0
         cdef int i, code = 0
         add_relaxed(&self.requests[operation], 1)
@@ -174,14 +168,26 @@ cdef class FaultDevice(BlockDevice):
             if code == 0 and until == 0:
                 code = -rule.code
                 if rule.stall_ns:
+                    stalling = rule
                     until = now_ns() + rule.stall_ns
                 rule.hits += 1
                 if rule.left > 0:
                     rule.left -= 1
         pthread_mutex_unlock(&self.mutex)
-        if until:
-            sleep_until(until)
+        if stalling != NULL:
+            self.stall(stalling, until)
         return code
+
+    cdef void stall(self, const RuleState *rule, int64_t until) noexcept nogil:
+        """Sleep until then, or until the rule is removed."""
+        cdef int64_t left = until - now_ns()
+        cdef bint used = True
+        while used and left > 0:
+            sleep_ns(min(left, STALL_POLL_NS))
+            left = until - now_ns()
+            pthread_mutex_lock(&self.mutex)
+            used = rule.used
+            pthread_mutex_unlock(&self.mutex)
 
     cdef bint has_rule(self, int operation, int64_t offset, int64_t length) noexcept nogil:
         cdef int i

@@ -157,7 +157,8 @@ cdef class WriteNotifier(BlockDevice):
 
     def run(self, Pace pace not None, int64_t chunk, bint in_background=False):
         """Copy until all is done, a failure, or the pace was cancelled. For threads of a job; holds no interpreter lock."""
-        self.pace = pace
+        if self.pace is not pace:       # all threads of a job have the same
+            self.pace = pace
         with nogil:
             if in_background:
                 run_in_background()

@@ -301,7 +301,7 @@ class Daemon:
             return
         self._closed = True
         steps = [self.qmp.close] if self.qmp is not None else []  # first: nobody may begin anything any more
-        steps += [self.jobs.close, self.latencies.close]
+        steps += [self.nodes.let_go, self.jobs.close, self.latencies.close]
         if self.nbd is not None:
             steps.append(self.nbd.close)
         steps.append(self.nodes.close)

@@ -196,6 +196,11 @@ class Nodes:
                     step()
                 raise
 
+    def let_go(self) -> None:
+        """Let whoever waits in a node on purpose, a throttle say, go on: jobs could not end otherwise."""
+        for node in self.graph.nodes.values():
+            node.kind.let_go(node)
+
     def close(self) -> None:
         """Close every node; exports and jobs have ended."""
         self.exports.clear()

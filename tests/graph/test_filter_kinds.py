@@ -228,3 +228,9 @@ def test_a_wrong_cache_is_refused(graph, more, words):
     with pytest.raises(Error, match=words):
         graph.add([memory("disk"), filter_node("x-fastcbw-cache", **more)])
     assert graph.nodes == {}
+
+
+def test_a_delay_of_hours_is_refused(graph):
+    with pytest.raises(Error, match="'read-ms' expects a value of at most 60000"):
+        graph.add([memory("disk"), filter_node("x-fastcbw-delay", **{"read-ms": 60001})])
+    assert graph.nodes == {}

@@ -155,6 +155,24 @@ def test_a_child_is_replaced_under_load(daemon, vm, execute, tmp_path):
         assert guest.read(0, LENGTH) == writer.expected()
 
 
+def test_a_child_that_was_described_inside_goes_when_it_is_replaced(daemon, vm, execute):
+    execute("blockdev-add", driver="throttle", node_name="slow", limits={}, file={"driver": "x-fastcbw-fault", "file": "disk"})
+    (inside,) = set(daemon.nodes.graph.nodes) & {child["node"] for node in execute("fastcbw-graph") if node["node"] == "slow"
+                                                 for child in node["children"]}
+    before = execute("fastcbw-graph")
+    with pytest.raises(Error, match="nowhere"):
+        execute("transaction", actions=[to("disk", parent="slow", child="file"), act("blockdev-del", node_name="nowhere")])
+    assert execute("fastcbw-graph") == before
+    execute("fastcbw-replace", parent="slow", child="file", node="disk")
+    assert inside not in daemon.nodes.graph.nodes
+
+
+def test_a_child_is_not_replaced_for_a_client_that_may_go(daemon, vm, execute):
+    execute("blockdev-add", **THROTTLE)
+    with pytest.raises(Error, match="'fastcbw-replace' of a child can't be undone"):
+        execute("transaction", actions=[to("disk", parent="slow", child="file")], properties={"fastcbw-bind-to-connection": True})
+
+
 def test_a_store_takes_what_it_holds_along(daemon, vm, execute, tmp_path):
     for name in ("temp", "other"):
         execute("blockdev-add", driver="x-fastcbw-memory", node_name=name, size=4 * LENGTH)
@@ -276,6 +294,17 @@ def test_a_notifier_keeps_its_children_while_its_backup_runs(daemon, vm, execute
     with pytest.raises(Error, match="node 'old': its backup runs"):
         execute("fastcbw-replace", parent="old", child="target", node="temp")
     execute("block-job-cancel", device="j")
+
+
+def test_a_daemon_ends_though_a_job_waits_for_a_throttle(daemon, vm, execute):
+    for name in ("m", "n"):
+        execute("blockdev-add", driver="x-fastcbw-memory", node_name=name, size=LENGTH)
+        daemon.nodes.graph.find(name).device.write(0, b"x" * LENGTH)
+    execute("blockdev-add", driver="throttle", node_name="target", file="m", limits={"bps-write": 1})
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="hangs", file="n", rules=[{"operation": "write", "stall-ms": 3_600_000}])
+    for target in ("target", "hangs"):
+        execute("blockdev-backup", job_id=target, device="disk" if target == "hangs" else "a", target=target, sync="full")
+    daemon.close()      # in time for the test's end, not in an hour
 
 
 # -- blockdev-reopen

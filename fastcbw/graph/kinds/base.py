@@ -32,6 +32,9 @@ class Kind:
         """Give NODE its device; its children are open and linked. An error leaves nothing open."""
         raise NotImplementedError
 
+    def let_go(self, node: Node) -> None:
+        """Have whoever waits in NODE go on, now and later: the process is about to end."""
+
     def settle(self, node: Node) -> None:
         """Do what may fail before NODE goes; nobody uses it. An error keeps it."""
 

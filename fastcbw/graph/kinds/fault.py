@@ -41,10 +41,13 @@ class Fault(Kind):
         for rule in before:
             rule.remove()
 
-    def close(self, node: Node) -> None:
-        """The child is not ours."""
+    def let_go(self, node: Node) -> None:
         for rule in node.rules:
             rule.remove()
+
+    def close(self, node: Node) -> None:
+        """The child is not ours."""
+        self.let_go(node)
 
 
 def _install(device: FaultDevice, options: dict[str, Any]) -> list[Any]:

@@ -28,9 +28,12 @@ class Throttle(Kind):
     def change(self, node: Node, options: dict[str, Any]) -> None:
         node.device.set(**_limits(options))
 
+    def let_go(self, node: Node) -> None:
+        node.device.set()
+
     def close(self, node: Node) -> None:
         """The child is not ours."""
-        node.device.set()
+        self.let_go(node)
 
 
 def _limits(options: dict[str, Any]) -> dict[str, int]:
