@@ -4,7 +4,7 @@
                            instant
 
 At the instant the load's process is stopped, its last requests end, the disk's file is copied aside, the backup begins, and the load goes
-on. So what the backup has to be is known exactly, whatever the scheme. Requests that were under way while the load was stopped don't count.
+on. So what the backup has to be is known exactly, whatever the scheme. Of a request that was under way then only the wait after the instant counts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class _Run:
         self.scheme.start()
         self.load.uri = self.scheme.uri
         self.stack.callback(self.load.stop)
+        idle = self._moved()
         self.load.start()
+        while self._moved() == idle:        # the load's first request is yet to come
+            self._sleep(0.01)
         self._sleep(self.plan.warm_up_s)
         begin = time.monotonic_ns()
         self._sleep(self.plan.before_s)
@@ -91,7 +94,7 @@ class _Run:
         used = [difference(after, before) for after, before in zip((self.scheme.usage(), self.target.usage()), used)]
         self._sleep(self.plan.after_s)
         end = time.monotonic_ns()
-        requests = measures.without(self.load.finish(), paused, resumed)
+        requests = measures.across_pause(self.load.finish(), paused, resumed)
         if not progress.ended:
             progress, ended = self._wait_for_end(instant)
         return {
@@ -114,12 +117,15 @@ class _Run:
                 raise Error(f"load: ended early: {self.load.process.words_said()}")
             time.sleep(min(left, 0.05))
 
+    def _moved(self) -> tuple[int, int]:
+        used = self.scheme.usage()
+        return used.read_bytes, used.written_bytes
+
     def _wait_for_silence(self) -> None:
         """Return when the server has nothing of the stopped load left to do."""
         last, since = None, time.monotonic()
         while time.monotonic() - since < SILENCE_S:
-            used = self.scheme.usage()
-            now = (used.read_bytes, used.written_bytes)
+            now = self._moved()
             if now != last:
                 last, since = now, time.monotonic()
             time.sleep(0.002)

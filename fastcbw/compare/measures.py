@@ -16,6 +16,8 @@ REQUESTS = numpy.dtype([("begun_ns", "<i8"), ("took_ns", "<i8"), ("write", "?"),
 SHARES = (0, 10, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99, 100)
 #: A request that took this long is a stall.
 STALL_NS = 100_000_000
+#: A request that was under way in a pause and ends this long after it was waited for.
+WAITED_NS = 5_000_000
 POINTS_MAX = 240
 
 
@@ -28,10 +30,19 @@ def between(requests: NDArray[numpy.void], begin_ns: int, end_ns: int) -> NDArra
     return requests[(requests["begun_ns"] >= begin_ns) & (requests["begun_ns"] < end_ns)]
 
 
-def without(requests: NDArray[numpy.void], begin_ns: int, end_ns: int) -> NDArray[numpy.void]:
-    """Return REQUESTS without those that were under way at some time from BEGIN_NS to END_NS."""
-    under_way = (requests["begun_ns"] < end_ns) & (requests["begun_ns"] + requests["took_ns"] >= begin_ns)
-    return requests[~under_way]
+def across_pause(requests: NDArray[numpy.void], begin_ns: int, end_ns: int) -> NDArray[numpy.void]:
+    """Return REQUESTS of a guest that was stopped from BEGIN_NS to END_NS, without what is the pause's.
+
+    What was under way then and ended in the pause or at its end is left out. What is waited for longer counts from the pause's end on:
+    the server had it, or got the rest of it, after the instant.
+    """
+    ends = requests["begun_ns"] + requests["took_ns"]
+    under_way = (requests["begun_ns"] < end_ns) & (ends >= begin_ns)
+    kept = requests[~under_way | (ends >= end_ns + WAITED_NS)].copy()
+    late = (kept["begun_ns"] < end_ns) & (kept["begun_ns"] + kept["took_ns"] >= begin_ns)
+    kept["took_ns"][late] -= end_ns - kept["begun_ns"][late]
+    kept["begun_ns"][late] = end_ns
+    return kept
 
 
 def as_paced(took_ns: NDArray[numpy.int64], interval_ns: int) -> NDArray[numpy.int64]:

@@ -30,9 +30,9 @@ def test_no_request_has_no_latency():
     assert measures.curve(measures.no_requests()) == []
 
 
-def test_what_was_under_way_in_a_pause_does_not_count():
-    kept = measures.without(requests((0, 5, True, 1), (8, 5, True, 1), (11, 1, True, 1), (19, 2, True, 1), (20, 1, True, 1)), 10 * MS, 20 * MS)
-    assert list(kept["begun_ns"] // MS) == [0, 20]
+def test_of_what_was_under_way_in_a_pause_only_a_wait_after_it_counts():
+    kept = measures.across_pause(requests((0, 5, True, 1), (8, 5, True, 1), (9, 13, True, 2), (9, 71, True, 3), (20, 1, True, 4)), 10 * MS, 20 * MS)
+    assert [(int(one["begun_ns"]) // MS, int(one["took_ns"]) // MS, int(one["length"])) for one in kept] == [(0, 5, 1), (20, 60, 3), (20, 1, 4)]
 
 
 def test_latencies_over_time_show_what_was_waited_for_where_nothing_began():

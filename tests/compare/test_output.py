@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_the_report_is_whole_and_needs_no_network(document):
     assert set(re.findall(r"https?://[^\"]*", page)) == {"http://www.w3.org/2000/svg"}
     assert page.count("<h3>") == 8 and page.count("viewBox") == 8
     assert "nothing to draw" not in page and "<odd>" not in page and "&lt;odd&gt; &amp; new" in page and "not installed: x" in page
+
+
+def test_plots_are_files_of_their_own_with_every_name(document):
+    files = report.plots(document)
+    assert sorted(files) == [f"{kind}-{target}-paced-4k.svg" for kind in ("latency", "percentiles") for target in ("20mbs", "file")]
+    root = ElementTree.fromstring(files["latency-file-paced-4k.svg"])
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"none", "filter-tiers"} <= set(texts) and root.get("height") == root.get("viewBox").split()[3]
 
 
 def test_the_table_has_ratios_of_the_same_repetition(document):

@@ -31,11 +31,7 @@ repetition with the median p99."""
 
 def page(document: dict[str, Any]) -> str:
     """Return the report of DOCUMENT as HTML."""
-    there = {cell["scheme"] for cell in document["cells"]}
-    numbers = {name: number for number, name in enumerate([name for name in SCHEMES if name in there] + sorted(there - set(SCHEMES)))}
-    places: dict[tuple[str, str], list[Group]] = {}
-    for group in groups(document, SCHEMES):
-        places.setdefault((group.target, group.load), []).append(group)
+    numbers, places = _sorted(document)
     parts = [f"<h1>Backup schemes, and what the guest had of them</h1><p>{escape(_HOW)}</p>", _facts(document)]
     if len(places) > 1:
         parts.append("<h2>All in one</h2><p class=note>p99 of the guest while the backup ran, by load and target.</p>" + _overview(places))
@@ -43,6 +39,29 @@ def page(document: dict[str, Any]) -> str:
         parts.append(f"<h2>{escape(table.title(TARGETS, target))}; guest: {escape(table.title(LOADS, load))}</h2>" + _place(found, numbers))
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>fastcbw compare</title><style>{_STYLE}</style></head>'
             f"<body>{''.join(parts)}</body></html>\n")
+
+
+def _sorted(document: dict[str, Any]) -> tuple[dict[str, int], dict[tuple[str, str], list[Group]]]:
+    """Return the number of each scheme, for its style, and the groups by target and load."""
+    there = {cell["scheme"] for cell in document["cells"]}
+    numbers = {name: number for number, name in enumerate([name for name in SCHEMES if name in there] + sorted(there - set(SCHEMES)))}
+    places: dict[tuple[str, str], list[Group]] = {}
+    for group in groups(document, SCHEMES):
+        places.setdefault((group.target, group.load), []).append(group)
+    return numbers, places
+
+
+def plots(document: dict[str, Any]) -> dict[str, str]:
+    """Return the plots of lines as SVG files: name -> content."""
+    numbers, places = _sorted(document)
+    files = {}
+    for (target, load), found in places.items():
+        drawn = [(group, record) for group in found if (record := group.middle(during_p99)) is not None]
+        if drawn:
+            entries = [(group.scheme, *svg.style(numbers[group.scheme])) for group, _ in drawn]
+            files[f"latency-{target}-{load}.svg"] = svg.alone(latency_over_time(drawn, numbers), entries)
+            files[f"percentiles-{target}-{load}.svg"] = svg.alone(percentiles(drawn, numbers), entries)
+    return files
 
 
 def _facts(document: dict[str, Any]) -> str:

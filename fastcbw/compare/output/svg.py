@@ -147,3 +147,19 @@ def legend(entries: list[tuple[str, str, str]]) -> str:
         items.append(f'<span><svg width="26" height="8"><line x1="0" x2="26" y1="4" y2="4" stroke="{colour}" stroke-width="3"{dashes}/></svg> '
                      f"{escape(name)}</span>")
     return f'<p class="legend">{" ".join(items)}</p>'
+
+
+def alone(plot: str, entries: list[tuple[str, str, str]]) -> str:
+    """Return PLOT, an SVG of lines(), with the names of ENTRIES (see legend) below it, as a file of its own."""
+    height = int(plot.split('height="', 1)[1].split('"', 1)[0])
+    items, x, y = [], LEFT, height + 14
+    for name, colour, dash in entries:
+        if x > LEFT and x + 34 + 7 * len(name) > WIDTH:
+            x, y = LEFT, y + 16
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        items.append(f'<line x1="{x}" x2="{x + 26}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"{dashes}/>'
+                     f'<text x="{x + 31}" y="{y}">{escape(name)}</text>')
+        x += 50 + 7 * len(name)
+    old, new = f'{WIDTH} {height}" width="{WIDTH}" height="{height}"', f'{WIDTH} {y + 8}" width="{WIDTH}" height="{y + 8}"'
+    grown = plot.replace(old, new, 1).replace(f'<rect width="{WIDTH}" height="{height}" fill', f'<rect width="{WIDTH}" height="{y + 8}" fill', 1)
+    return grown.removesuffix("</svg>") + "".join(items) + "</svg>\n"

@@ -56,7 +56,7 @@ def microseconds(value: float | None) -> str:
     """Return VALUE as people read it."""
     if value is None:
         return ""
-    for limit, divisor, unit in ((1e3, 1, "us"), (1e6, 1e3, "ms")):
+    for limit, divisor, unit in ((999.5, 1, "us"), (999.5e3, 1e3, "ms")):
         if value < limit:
             return f"{value / divisor:.3g} {unit}"
     return f"{value / 1e6:.3g} s"

@@ -61,6 +61,8 @@ class Scheme:
     title: ClassVar[str]
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
     backs_up: ClassVar[bool] = True
+    #: Whether a wrong backup is ours to answer for.
+    ours: ClassVar[bool] = True
 
     def __init__(self, setting: Setting, target: Target):
         self.setting, self.target = setting, target

@@ -15,6 +15,7 @@ PACKAGE = "qemu-system-common"
 
 class Qemu(Daemon):
     needs = (("qemu-storage-daemon", PACKAGE),)
+    ours = False
     perf: ClassVar[dict[str, Any] | None] = None
 
     def words(self) -> list[str]:
