@@ -285,6 +285,11 @@ class Graph:
             raise
         self._on_undo(lambda: self._move(moved, before))
 
+    def change_needs(self, edge: Edge, needs: Needs) -> None:
+        """Within a transaction: have EDGE, of a parent that is no node, need NEEDS."""
+        before, edge.needs = edge.needs, needs
+        self._on_undo(lambda: setattr(edge, "needs", before))
+
     def redirect(self, edge: Edge, node: Node) -> None:
         """Have EDGE end at NODE; what its parent reads and writes is the caller's to change (live.py). Error: nothing has changed.
 

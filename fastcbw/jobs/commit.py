@@ -5,7 +5,7 @@
                                   ▼ pass, pass, pass … ready      the next pass
 
 After every pass the base is what the overlay was at the instant of that pass. A job that has caught up is ready, and goes on with passes
-until somebody completes it: then, with nobody writing any more, one last pass makes the two the same. During a pass the base is neither;
+until somebody completes it: then the guest is held, a last pass makes the two the same, and it writes the base from there on. During a pass the base is neither;
 the overlay has everything all the time, so that a job that fails or is cancelled loses nothing.
 
 Reading the overlay where it has nothing of its own reads the base, which is being written: never where that differs, since what is
@@ -15,7 +15,9 @@ written to the base lies in the overlay, and a piece that is wider than that car
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastcbw.bitmaps.dirty import DirtyWords
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fastcbw.jobs.backup import BackupJob
 
 READY_BYTES = 16 << 20      # a pass of no more than this can wait for the last one
+LAST_SECONDS = 2.0          # so long clients may wait for the last passes
 LOOK_S = 0.1                # how often a job that is ready looks for what the guest has written
 
 
@@ -35,23 +38,24 @@ class CommitJob(Job):
     """Copy what DISK, an overlay, has of its own to BASE, and keep up with its guest until complete().
 
     allocated: asked, once the guest's writes are marked, for what lies in the overlay. on_ready: called once when the job has caught up.
-    quiesce: called at complete(): raises Error while somebody may write the disk, and keeps others from coming; on_release: called at
-    the end. rate, workers: of the passes.
+    alone: a context for the last passes of complete(), in which nobody writes the disk; it raises Error where that can't be had, and when
+    it is left without an error whoever wrote the disk writes the base. on_release: called at the end. rate, workers: of the passes.
     """
 
-    def __init__(self, disk: Any, base: BlockDevice, allocated: Callable[[], DirtyWords], *, id: str, quiesce: Callable[[], None],
+    def __init__(self, disk: Any, base: BlockDevice, allocated: Callable[[], DirtyWords], *, id: str, alone: Callable[[], AbstractContextManager[None]],
                  rate: int | str | None = None, workers: int | None = None, on_ready: Callable[[], None] = lambda: None,
                  on_release: Callable[[], None] = lambda: None) -> None:
         super().__init__(id)
         self.disk, self.base = disk, base
         self.on_ready = on_ready
-        self._allocated, self._quiesce, self._on_release = allocated, quiesce, on_release
+        self._allocated, self._alone, self._on_release = allocated, alone, on_release
         self._rate = check_rate(rate)
         self._workers = None if workers is None else check_workers(workers)
         self._changed = threading.Condition(self._lock)
         self._pass: BackupJob | None = None
         self._paused = False
-        self._completing: str | None = None     # "alone": nobody writes any more, so after one last pass; "here": as it is
+        self._completing: str | None = None     # "alone": after last passes beside which nobody writes; "here": as it is
+        self._verdict: Exception | bool | None = None       # of the last complete(): True, or why not
         self._done = 0                      # bytes of passes that have ended
         self.is_ready = False
         self._owner = f"job '{id}'"
@@ -70,14 +74,10 @@ class CommitJob(Job):
                 raise JobCancelled(f"commit: cancelled; {self.base.name} is incomplete, {self.disk.name} has everything")
             if completing == "here":
                 break
+            if completing and self._end_alone():
+                break
             if self._left():
                 self._copy()
-            if completing:
-                # Nobody writes any more; a discard that waited for the snapshot of a pass may still mark.
-                self.disk._engine.finish_discards()
-                if self._left():
-                    continue
-                break
             if self._left() > READY_BYTES:
                 continue
             if not self.is_ready:
@@ -88,13 +88,38 @@ class CommitJob(Job):
         self.base.flush()
         self.result = {"bytes": self.disk.length, "data_bytes": self._done, "seconds": self.elapsed()}
 
+    def _end_alone(self) -> bool:
+        """Do the last passes while nobody writes. False when that can't be had: the job goes on as before, and complete() tells why."""
+        verdict: Exception | bool = True
+        try:
+            self.base.flush()       # most of it before anybody waits
+            until = time.monotonic() + LAST_SECONDS
+            with self._alone():
+                while self._left():
+                    self._copy(until)
+                    self.disk._engine.finish_discards()     # one that waited for the snapshot of a pass may mark again
+                self.base.flush()
+        except (JobFailed, JobCancelled) as error:
+            verdict = error
+            raise
+        except (Error, OSError) as error:
+            verdict = error
+        finally:
+            with self._changed:
+                self._verdict = verdict
+                if verdict is not True:
+                    self._completing = None
+                self._changed.notify_all()
+        return verdict is True
+
     def _left(self) -> int:
         return self._bitmap.report()["count"]
 
-    def _copy(self) -> None:
-        """One pass. What it does not copy is marked again."""
+    def _copy(self, until: float | None = None) -> None:
+        """One pass. What it does not copy is marked again. UNTIL: it is TimeoutError when it takes longer; no rate holds it up then."""
+        rate = None if until is not None else self._rate or None
         with self.disk.snapshot(f"{self.id}.commit", bitmap=self._bitmap.name, bitmap_for=self._owner, on_full="wait") as snapshot:
-            job = snapshot.backup(self.base, rate=self._rate or None, workers=self._workers)
+            job = snapshot.backup(self.base, rate=rate, workers=self._workers)
             with self._lock:
                 self._pass = job
                 if self._paused:
@@ -103,7 +128,14 @@ class CommitJob(Job):
             if cancelled:
                 job.cancel()
             try:
-                self._done += job.wait()["data_bytes"]
+                self._done += job.wait(None if until is None else max(0.0, until - time.monotonic()))["data_bytes"]
+            except TimeoutError:
+                job.cancel()
+                try:
+                    job.wait()
+                except (JobCancelled, JobFailed):
+                    pass
+                raise TimeoutError(f"{self.id}: the last pass did not end within {LAST_SECONDS:g} s (nothing was changed)") from None
             except JobFailed as error:
                 raise JobFailed(f"commit: {error}; {self.disk.name} has everything") from None
             except JobCancelled:
@@ -120,17 +152,22 @@ class CommitJob(Job):
     # -- what others do
 
     def complete(self, pivot: bool = True) -> None:
-        """End a job that is ready. pivot: only when nobody can write the overlay any more, and after one last pass: Error while somebody can.
+        """End a job that is ready. pivot: after last passes beside which nobody writes, returning when that is done; Error, OSError when
+        it can't be: the job goes on.
 
         Without, the base stays what the overlay was at the instant of the last pass.
         """
         if not self.is_ready:
             raise Error(f"{self.id}: is not ready")
-        if self._completing is None and pivot:
-            self._quiesce()
         with self._changed:
-            self._completing = self._completing or ("alone" if pivot else "here")
+            if self._completing is not None:
+                return
+            self._completing, self._verdict = ("alone", None) if pivot else ("here", True)
             self._changed.notify_all()
+            self._changed.wait_for(lambda: self._verdict is not None or self.cancelled)
+            verdict = self._verdict
+        if isinstance(verdict, Exception):
+            raise verdict
 
     def stop(self) -> None:
         with self._changed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastcbw.block.image import same_image
@@ -45,9 +47,8 @@ class Commits:
         target = self._find_base(backing, base_node, base)
         if target.read_only:
             raise Error(f"Block node is read-only: node '{target.name}'")
-        if target.device.length < overlay.device.length:
-            raise Error(f"node '{target.name}': its {target.device.length} bytes are less than the {overlay.device.length} of '{device}' "
-                        "(make the base longer first)")
+        if target.device.length != overlay.device.length:
+            raise Error(f"node '{target.name}': its {target.device.length} bytes are not the {overlay.device.length} of '{device}' (resize the base first)")
         if speed < 0:
             raise Error("Parameter 'speed' expects a non-negative value")
         id = device if job_id is None else check_name(job_id, "job id")
@@ -57,7 +58,7 @@ class Commits:
             id = self.daemon.jobs.reserve(id)
             try:
                 job = CommitJob(overlay.disk(), target.device, lambda: allocated(server, overlay.device.length), id=id, rate=speed or None,
-                                quiesce=lambda: self._quiesce(id, overlay, users))
+                                alone=lambda: self._alone(id, overlay, target, users))
             except BaseException:
                 self.daemon.jobs.give_back(id)
                 raise
@@ -89,10 +90,30 @@ class Commits:
         device = node.bottom.device
         return node.kind.live and hasattr(device, "fileno") and same_image(device.fileno(), path)
 
-    def _quiesce(self, id: str, overlay: Node, users: list[User]) -> None:
-        """Keep everybody from writing the overlay, from here to the end of the job. Error while somebody may write it."""
+    @contextmanager
+    def _alone(self, id: str, overlay: Node, base: Node, users: list[User]) -> Iterator[None]:
+        """Hold the exports of OVERLAY, run the block, have them end at BASE; keep others from writing the overlay to the end of the job.
+
+        Error while it is written otherwise than by an export of a node of its own; then, and after an error of the block, nothing has changed.
+        """
+        nodes = self.daemon.nodes
         with self.daemon.changing():
-            users.append(self.graph.attach(f"job '{id}'", [(overlay.bottom, "source", "source", ALONE)]))
+            (edge,) = [edge for edge in base.parents if edge.parent is users[0]]
+            undo: list[Callable[[], None]] = []
+            with self.graph.transaction(), nodes.live.collecting():
+                try:
+                    self.graph.change_needs(edge, Needs(edge.needs.taken, Permission.ALL))      # who comes from the overlay may be there, too
+                    for export in [export for export in nodes.exports.values() if export.node.bottom is overlay.bottom]:
+                        undo.append(nodes.replace(export.id, base.name))
+                    alone = self.graph.attach(f"job '{id}'", [(overlay.bottom, "source", "source", ALONE)])
+                    self.graph.check()
+                    with nodes.live.carried_out():
+                        yield
+                except BaseException:
+                    for step in reversed(undo):
+                        step()
+                    raise
+            users.append(alone)
 
     def _end(self, users: list[User]) -> None:
         with self.daemon.changing():

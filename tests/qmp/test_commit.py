@@ -8,6 +8,8 @@ import pytest
 
 from fastcbw.errors import Error
 from fastcbw.export.nbd.client import Client
+from fastcbw.jobs import commit
+from fastcbw.jobs.commit import CommitJob
 
 K, M = 1 << 10, 1 << 20
 LENGTH = 8 * M
@@ -84,36 +86,98 @@ def test_an_overlay_is_committed_into_its_backing_file(nodes, daemon, remote, ex
     assert (nodes / "base.img").read_bytes() == content(nodes)
 
 
-def test_a_guest_writes_all_the_time_and_nothing_of_it_is_missing_in_the_base(nodes, daemon, execute):
-    """Verified at the end against what the guest knows it wrote; job-complete is refused while it may still write."""
+def test_a_guest_that_writes_all_the_time_is_moved_to_the_base_and_nothing_is_lost(nodes, daemon, execute):
+    """On one connection, from before the commit to after it; in the end the base is what the guest knows that it wrote."""
     execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
     wanted = content(nodes)
-    rng, stopping = random.Random(5), threading.Event()
+    rng, stopping, errors, count = random.Random(5), threading.Event(), [], [0]
 
     def write():
-        with Client(nodes / "nbd", "top") as guest:
-            while not stopping.is_set():
-                offset, length = rng.randrange(LENGTH - 64 * K), rng.choice([1, 512, 4096, 50_000])
-                data = rng.randbytes(length)
-                guest.write(offset, data)
-                wanted[offset : offset + length] = data
-            guest.flush()
+        try:
+            with Client(nodes / "nbd", "top") as guest:
+                while not stopping.is_set():
+                    offset, length = rng.randrange(LENGTH - 64 * K), rng.choice([1, 512, 4096, 50_000])
+                    data = rng.randbytes(length)
+                    guest.write(offset, data)
+                    wanted[offset : offset + length] = data
+                    assert guest.read(offset, length) == data
+                    count[0] += 1
+                guest.flush()
+        except BaseException as error:
+            errors.append(error)
+
+    def until_more(n=30):
+        seen = count[0]
+        while count[0] < seen + n and not errors:
+            pass
 
     writer = threading.Thread(target=write)
     writer.start()
     try:
         execute("block-commit", device="top", job_id="j", auto_dismiss=False)
         until_ready(execute)
-        with pytest.raises(Error, match="export 'guest' needs 'write' on node 'top'.*conflicts with use by job 'j'"):
-            execute("job-complete", id="j")
-        assert execute("query-block-jobs")[0]["status"] == "ready"
+        until_more()
+        execute("job-complete", id="j")
+        assert [export["node-name"] for export in execute("query-block-exports") if export["id"] == "guest"] == ["base"]
+        assert outcome(daemon) == "completed"
+        before = daemon.nodes.graph.find("top").device.read(0, LENGTH)
+        until_more()
     finally:
         stopping.set()
         writer.join(30)
+    assert errors == []
+    assert daemon.nodes.graph.find("base").device.read(0, LENGTH) == wanted
+    assert daemon.nodes.graph.find("top").parents == [] and before != wanted
     execute("block-export-del", id="guest")
+    execute("blockdev-del", node_name="top")
+    execute("blockdev-del", node_name="base")
+    assert (nodes / "base.img").read_bytes() == wanted
+
+
+def test_job_complete_is_refused_while_the_overlay_is_written_otherwise_and_the_job_goes_on(nodes, daemon, execute):
+    execute("blockdev-add", driver="x-fastcbw-delay", node_name="slow", file="top")
+    execute("block-export-add", type="nbd", id="other", node_name="slow", writable=True)
+    execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False)
+    until_ready(execute)
+    before = execute("fastcbw-graph"), execute("query-block-exports")
+    with pytest.raises(Error, match="node 'slow' needs 'write' on node 'top'.*conflicts with use by job 'j'"):
+        execute("job-complete", id="j")
+    assert (execute("fastcbw-graph"), execute("query-block-exports")) == before
+    assert execute("query-block-jobs")[0]["status"] == "ready"
+    with Client(nodes / "nbd", "top") as guest, Client(nodes / "nbd", "slow") as other:
+        guest.write(0, b"guest")
+        other.write(5, b"other")
+    execute("block-export-del", id="other")
     execute("job-complete", id="j")
     assert outcome(daemon) == "completed"
-    assert daemon.nodes.graph.find("base").device.read(0, LENGTH) == daemon.nodes.graph.find("top").device.read(0, LENGTH) == wanted
+    assert daemon.nodes.graph.find("base").device.read(0, 10) == b"guestother"
+    with Client(nodes / "nbd", "top") as guest:
+        guest.write(0, b"after")
+    assert daemon.nodes.graph.find("base").device.read(0, 10) == b"afterother"
+    assert daemon.nodes.graph.find("top").device.read(0, 10) == b"guestother"
+
+
+def test_a_last_pass_that_takes_too_long_is_an_error_and_the_guest_goes_on_above(nodes, daemon, execute, monkeypatch):
+    execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False)
+    until_ready(execute)
+    execute("job-pause", id="j")        # so that something is left
+    monkeypatch.setattr(commit, "LAST_SECONDS", -1.0)
+    with Client(nodes / "nbd", "top") as guest:
+        guest.write(0, b"guest")
+        execute("job-resume", id="j")
+        monkeypatch.setattr(CommitJob, "_left", lambda self: 1)
+        with pytest.raises(Error, match="the last pass did not end within"):
+            execute("job-complete", id="j")
+        guest.write(5, b"more")
+        monkeypatch.undo()
+        assert [export["node-name"] for export in execute("query-block-exports") if export["id"] == "guest"] == ["top"]
+        execute("job-complete", id="j")
+        assert outcome(daemon) == "completed"
+        guest.write(9, b"!")
+        assert guest.read(0, 10) == b"guestmore!"
+    assert daemon.nodes.graph.find("base").device.read(0, 10) == b"guestmore!"
 
 
 @pytest.mark.parametrize("force", [False, True])
