@@ -94,7 +94,7 @@ class Disk:
         self.length = device.length
         self._child = device
         self._owned = owned
-        self._engine = Engine(device)
+        self._engine = Engine(device, name)
         self.device = self._engine.device
         self.snapshots: dict[str, Snapshot] = {}
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
@@ -507,9 +507,14 @@ class SnapshotGroup(tuple):
         self.close()
 
 
-def group(disks: Sequence[Disk]) -> Group:
-    """Return a group of DISKS, whose snapshots share one instant."""
-    return Group(disks)
+def group(disks: Sequence[Any]) -> Any:
+    """Return a group of DISKS, whose snapshots share one instant: disks of this process, or all of one daemon (connect())."""
+    remote = [disk for disk in disks if not isinstance(disk, Disk)]
+    if not remote:
+        return Group(disks)
+    if len(remote) < len(disks) or not all(hasattr(disk, "daemon") for disk in remote):
+        raise TypeError("group: disks of this process and of a daemon have no instant in common (give disks of one kind)")
+    return remote[0].daemon.group(disks)
 
 
 def _take(disks: Sequence[Disk], name: str, options: Mapping[str, Any], each: Sequence[Mapping[str, Any]] | None = None) -> list[Snapshot]:

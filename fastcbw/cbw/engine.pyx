@@ -70,12 +70,14 @@ cdef class Engine:
 
     child: the active disk, any BlockDevice. Nothing else may write it while the engine lives, except through `device`.
     device: the filter; what the guest writes to.
+    name: what the disk is called where that is not the child's name.
 
     All methods are safe from any thread. The engine does not close CHILD.
     """
 
     cdef EngineState state
     cdef readonly FilterDevice device
+    cdef readonly str name              # of the disk, for what its snapshots are called in messages
     cdef readonly dict snapshots        # name: SnapshotDevice, live and broken ones, oldest first
     cdef readonly DirtyBitmaps bitmaps
     cdef object control                 # begins and ends one at a time
@@ -89,8 +91,9 @@ cdef class Engine:
     cdef bint closed
     cdef object __weakref__
 
-    def __cinit__(self, BlockDevice child not None):
+    def __cinit__(self, BlockDevice child not None, str name=None):
         self.state = EngineState(child)
+        self.name = child.name if name is None else name
         self.device = GuestDevice(self.state)
         self.snapshots = {}
         self.control = threading.RLock()
@@ -728,5 +731,5 @@ cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
     device.length = engine.state.length
     device.queueable, device.io_engine = engine.device.queueable, engine.device.io_engine
     device.can_cache = snap.store.slots_limit > 0
-    device.name = f"{engine.device.name}@{name}"
+    device.name = f"{engine.name}@{name}"
     return device

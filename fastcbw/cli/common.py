@@ -67,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser, options: tuple[Option, ...], ti
             group.add_argument(f"--{option.name}", action="store_const", const=True, help=doc)
         else:
             kind, metavar = _TYPES[option.type]
-            metavar = "|".join(option.choices) if option.choices else metavar
+            metavar = option.metavar or ("|".join(option.built or option.choices) if option.choices else metavar)
             group.add_argument(f"--{option.name}", type=kind, metavar=metavar, help=doc)
 
 

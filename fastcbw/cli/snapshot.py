@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastcbw.cli.common import UsageError, add_json, add_options, add_qmp, check_options, connect, print_json, print_table
+from fastcbw.cbw.options import SnapshotOptions, check_name
 from fastcbw.qmp.options import LIVE_OPTIONS, SNAPSHOT_OPTIONS
 from fastcbw.units import format_size
 
@@ -45,6 +46,8 @@ def add_parser(verbs) -> None:
 
 def run_create(arguments: argparse.Namespace) -> int:
     options = check_options(SNAPSHOT_OPTIONS, arguments)
+    check_name(arguments.name)
+    _check_values(options)
     with connect(arguments) as daemon:
         created = daemon.client.execute("fastcbw-snapshot-create", name=arguments.name, disks=arguments.disks, **options)
     if arguments.json:
@@ -53,6 +56,15 @@ def run_create(arguments: argparse.Namespace) -> int:
         for snapshot in created:
             print(snapshot.get("uri", f"{snapshot['disk']}@{snapshot['name']}"))
     return 0
+
+
+def _check_values(options: dict) -> None:
+    """UsageError for what would be wrong in any daemon; what only the daemon knows (its folders, its disks) is its to refuse."""
+    try:
+        SnapshotOptions.parse(**{"spill_limit": 1 << 40, **options} if "spill" in options else options)
+    except ValueError as error:
+        keyword, colon, why = str(error).partition(":")
+        raise UsageError(f"--{keyword.replace('_', '-')}{colon}{why}" if keyword in options else str(error)) from None
 
 
 def run_set(arguments: argparse.Namespace) -> int:

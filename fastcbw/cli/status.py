@@ -38,6 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
             (name, format_size(disk["length"]), disk["guest"]["writes"], format_size(disk["guest"]["bytes"]),
              disk["guest"]["touches"], disk["guest"]["waits"], f"{disk['guest']['wait_us_max']} us")
             for name, disk in status["disks"].items()])
+        for name, disk in status["disks"].items():
+            for line in _savings((("copies by lazy discard", disk["guest"]["lazy_recorded"] - disk["guest"]["lazy_cancelled"]),
+                                  ("disk reads by what is in RAM", disk["guest"]["ram_read_bytes"]))):
+                print(f"{name}: {line}")
     if snapshots:
         print()
         print_table(("SNAPSHOT", "LENGTH", "STATE", "PRESERVED", "RAM", "OF", "DISK", "OF", "HOLDS"), [_row(found) for found in snapshots])
@@ -77,11 +81,21 @@ def _remarks(kept: dict) -> list[str]:
     remarks = [kept["reason"]] if kept.get("reason") else []
     if kept.get("seconds_to_full") is not None:
         remarks.append(f"full in {kept['seconds_to_full']:.0f} s at the present rate")
+    if "cluster_size" in kept:
+        remarks += _savings((("room by zeroes", kept["zero_clusters"] * kept["cluster_size"]),
+                             ("copies by copy-on-read", kept["copies_avoided"] * kept["cluster_size"]),
+                             ("what its readers have done with", kept["discarded_bytes"])))
     if kept.get("disk_error"):
         remarks.append(f"the disk tier fails: {kept['disk_error']} (what was to go there stays in RAM, and is tried again)")
     if kept.get("refused_writes"):
         remarks.append(f"{kept['refused_writes']} guest writes failed for its sake, the last because: {kept['refused_reason']}")
     return remarks
+
+
+def _savings(saved: tuple[tuple[str, int], ...]) -> list[str]:
+    """One line of what features have saved, in bytes; none where they have saved nothing."""
+    parts = [f"{format_size(number)} of {what}" for what, number in saved if number > 0]
+    return [f"saved {', '.join(parts)}"] if parts else []
 
 
 def _row(found: dict) -> tuple:

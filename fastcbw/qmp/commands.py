@@ -62,6 +62,10 @@ def _snapshot_drop(daemon: Daemon, name: str, disks: list) -> list:
     return [{"disk": disk, "dropped": dropped} for disk, dropped in daemon.drop_kept(name, disks).items()]
 
 
+def _snapshot_discard(daemon: Daemon, name: str, disk: str, offset: int, length: int) -> None:
+    daemon.snapshot(disk, name).discard(offset, length)
+
+
 def _snapshot_list(daemon: Daemon) -> list:
     with daemon.changing():
         return [_describe(snapshot, daemon) for disk in daemon.live_disks().values() for snapshot in disk.snapshots.values()]
@@ -124,6 +128,10 @@ COMMANDS = Schema([
             (_SNAPSHOT_NAME, _DISKS, *_arguments(LIVE_OPTIONS))),
     Command("fastcbw-snapshot-drop", "drop from RAM what reads left there and the guest has not changed; bytes for each disk",
             _snapshot_drop, (_SNAPSHOT_NAME, _DISKS)),
+    Command("fastcbw-snapshot-discard", "a reader has done with a range: it can't be read any more, and guest writes there cost nothing",
+            _snapshot_discard, (_SNAPSHOT_NAME, Argument("disk", "str", "the disk", required=True),
+                                Argument("offset", "int", "bytes, a multiple of the snapshot's granule", required=True),
+                                Argument("length", "int", "bytes, likewise, or to the end of the disk", required=True))),
     Command("fastcbw-snapshot-list", "all snapshots of all disks", _snapshot_list, paged=True),
     Command("fastcbw-backup", "start a backup job", _backup, (
         Argument("disk", "str", "the disk", required=True),

@@ -11,11 +11,10 @@ from fastcbw.errors import Error, JobCancelled, JobFailed
 from fastcbw.units import parse_size
 from fastcbw.qmp.client import QmpClient
 from fastcbw.qmp.remote_bitmaps import RemoteBitmap
+from fastcbw.qmp.remote_data import PAGE_ROWS, RemoteDiskBytes, RemoteGroup, RemoteSnapshotBytes
 
 #: How often a waiter looks at a job.
 POLL_SECONDS = 0.1
-#: Extents asked for at once: a reply of some MiB.
-PAGE_ROWS = 10000
 
 
 def connect(path: str | os.PathLike, timeout: float | None = 60.0) -> RemoteDaemon:
@@ -42,6 +41,10 @@ class RemoteDaemon:
         """Take the snapshot NAME of DISKS (names), all at one instant. OPTIONS: as of Disk.snapshot."""
         self.client.execute("fastcbw-snapshot-create", name=name, disks=list(disks), **options)
         return tuple(RemoteSnapshot(self, disk, name) for disk in disks)
+
+    def group(self, disks: Sequence[RemoteDisk]) -> RemoteGroup:
+        """Return a group of DISKS of this daemon, whose snapshots share one instant; fastcbw.group() is the same."""
+        return RemoteGroup(disks)
 
     def snapshots(self) -> list[dict]:
         """Return what the daemon knows of each snapshot."""
@@ -98,31 +101,7 @@ class RemoteDaemon:
         self.close()
 
 
-class _RemoteBytes:
-    """What a remote disk and a remote snapshot refuse alike: their data goes over NBD, not over QMP."""
-
-    daemon: RemoteDaemon
-
-    def _export(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def uri(self) -> str:
-        """The NBD URI under which the data is served."""
-        nbd = self.daemon.status()["nbd"] or {"exports": []}
-        for export in nbd["exports"]:
-            if export["name"] == self._export():
-                return export["uri"]
-        raise Error(f"{self._export()}: not exported over NBD")
-
-    def read(self, offset: int, length: int):
-        """Not built: read the NBD export ``uri`` instead."""
-        raise NotImplementedError(f"{self._export()}: data of a remote disk is not read over QMP (use NBD: {self.uri})")
-
-    write = readinto = extents = write_zeroes = discard = flush = read
-
-
-class RemoteDisk(_RemoteBytes):
+class RemoteDisk(RemoteDiskBytes):
     """A disk of a daemon in another process."""
 
     def __init__(self, daemon: RemoteDaemon, name: str):
@@ -131,6 +110,9 @@ class RemoteDisk(_RemoteBytes):
 
     def _export(self) -> str:
         return self.name
+
+    def _names(self) -> dict[str, str]:
+        return {"disk": self.name}
 
     def snapshot(self, name: str, **options) -> RemoteSnapshot:
         """Take the snapshot NAME of this disk. OPTIONS: as of Disk.snapshot."""
@@ -165,7 +147,7 @@ class RemoteDisk(_RemoteBytes):
         return disks[self.name]
 
 
-class RemoteSnapshot(_RemoteBytes):
+class RemoteSnapshot(RemoteSnapshotBytes):
     """A snapshot of a daemon in another process. Leaving a with block deletes it, as close() does."""
 
     def __init__(self, daemon: RemoteDaemon, disk: str, name: str):
@@ -175,6 +157,9 @@ class RemoteSnapshot(_RemoteBytes):
 
     def _export(self) -> str:
         return f"{self.disk}@{self.name}"
+
+    def _names(self) -> dict[str, str]:
+        return {"disk": self.disk, "snapshot": self.name}
 
     def backup(self, target: str | os.PathLike, **options) -> RemoteJob:
         """Start a backup of this snapshot to the file TARGET, on the daemon's machine."""

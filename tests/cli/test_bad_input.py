@@ -114,7 +114,7 @@ def test_a_snapshot_that_exists(refused, run, served):
 
 @pytest.mark.parametrize("name", ["a@b", "a/b", "a=b", ""])
 def test_a_snapshot_name_that_is_none(refused, served, image, name):
-    refused(1, "snapshot name", "snapshot", "create", "--qmp", "nbd.qmp", "--name", name, "vm")
+    refused(2, "snapshot name", "snapshot", "create", "--qmp", "nbd.qmp", "--name", name, "vm")
 
 
 def test_a_target_that_is_the_source(refused, served, image, tmp_path):
@@ -210,3 +210,16 @@ def test_a_daemon_that_is_not_there(refused):
 
 def test_a_qmp_socket_that_is_an_nbd_socket(refused, served):
     refused(1, "nbd: does not speak QMP", "status", "--qmp", "nbd")
+
+
+@pytest.mark.parametrize("options, text", [(("--cluster-size", "3K"), "--cluster-size: 3072 is not a power of two"), (("--spill-limit", "1M"), "--spill-limit: 1048576 without"),
+                                           (("--ram", "0"), "--ram: 0 and no spill"), (("--ram", "0", "--copy-on-read", "--spill", "d"), "--copy-on-read: True without")])
+def test_a_value_that_no_daemon_takes_is_wrong_usage_and_no_daemon_is_asked(refused, options, text):
+    refused(2, text, "snapshot", "create", "--qmp", "gone.qmp", "--name", "s", *options, "vm")
+
+
+def test_help_names_the_values_and_only_what_can_be_had(run):
+    create, change = (run("snapshot", verb, "--help").stdout for verb in ("create", "set"))
+    for shown in ("--spill DIR", "--spill-limit SIZE", "--bitmap NAME", "--new-bitmap NAME", "--cbw-timeout MS", "--durability none "):
+        assert shown in create, shown
+    assert "default 256M" in create and "default 256M" not in change and "(default break" not in change

@@ -168,7 +168,7 @@ def test_snapshot_that_breaks_during_a_backup_fails_the_job_by_name(disk, tmp_pa
         job = snapshot.backup(target, workers=2, in_flight=2 * K)
         gate.wait_arrived(2)
         disk.write(10 * K, b"n" * 4 * K)
-    with pytest.raises(JobFailed, match=r"disk.img@s: .*snapshot broken: its store is full"):
+    with pytest.raises(JobFailed, match=r"disk@s: .*snapshot broken: its store is full"):
         job.wait(30)
     snapshot.close()        # the job holds it no more
 

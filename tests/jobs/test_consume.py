@@ -1,6 +1,8 @@
 """Backup jobs that drop from the snapshot what is in the target."""
 
 import errno
+import threading
+import time
 
 import pytest
 
@@ -98,3 +100,31 @@ def test_of_two_snapshots_the_older_one_keeps_what_the_job_consumed(disk, tmp_pa
     disk.write(0, b"n" * LENGTH)
     newer.backup(tmp_path / "b.img", consume=True).wait(60)
     assert older.read(0, LENGTH) == disk.old == (tmp_path / "b.img").read_bytes()
+
+
+def test_with_ram_only_a_guest_that_waits_for_room_waits_for_what_is_in_ram_and_not_for_the_disk(disk):
+    """The job is at its first request when the RAM tier is full: it copies what is there next, of a disk of 512 clusters."""
+    snap = disk.snapshot("s", ram=16 * K, on_full="wait", cbw_timeout=60_000)
+    target = FaultDevice(MemoryDevice(LENGTH, name="target"))
+    slow = DelayDevice(target)
+    with slow.hold("write") as gate:
+        job = snap.backup(slow, consume=True, workers=1, in_flight=16 * K)
+        gate.wait_arrived()
+        offset = LENGTH - 100 * K                       # far behind where the job is
+        for cluster in range(16):
+            disk.write(offset + cluster * K, b"n" * K)
+        assert snap.status()["ram_bytes"] == 16 * K
+        writer = threading.Thread(target=disk.write, args=(offset + 16 * K, b"n" * K))
+        writer.start()
+        deadline = time.monotonic() + 20
+        while disk._engine.room_waiters != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        slow.set(write_ms=20)                           # so that the guest goes on long before the job has ended
+    writer.join(20)
+    assert not writer.is_alive()
+    assert target.bytes["write"] <= 8 * 16 * K and job.status == "running"
+    assert snap.status()["stalls"]["room"]["count"] == 1
+    slow.set(write_ms=0)
+    job.wait(60)
+    assert target.read(0, LENGTH) == disk.old

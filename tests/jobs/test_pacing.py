@@ -233,6 +233,6 @@ def test_guest_p99_needs_a_guest(tmp_path):
     path = tmp_path / "disk.img"
     path.write_bytes(b"x" * 8 * K)
     with fastcbw.open(path, read_only=True) as disk:
-        with pytest.raises(ValueError, match="guest_p99: .*disk.img@s: no guest writes"):
+        with pytest.raises(ValueError, match="guest_p99: .*disk@s: no guest writes"):
             disk.snapshot("s").backup(tmp_path / "b.img", guest_p99=5)
     assert not list(tmp_path.glob("b.img*"))
