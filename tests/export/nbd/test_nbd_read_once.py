@@ -1,6 +1,7 @@
 """Exports of snapshots whose clients say what they have done with: trims, and reads that consume."""
 
 import socket
+import subprocess
 
 import pytest
 
@@ -162,3 +163,27 @@ def test_an_engine_without_a_server_discards_as_well():
     view = engine.snapshot("s", export="read-once")
     assert view.export == "read-once" and view.read(0, K) == bytes(K) == view.read(0, K)       # the export consumes, not the device
     engine.close()
+
+
+def test_qemu_io_trims_a_snapshot_and_parts_of_a_cluster_add_up(disk, path):
+    """QEMU's own client against an export that may be trimmed: whole clusters, then one in three requests."""
+
+    def qemu_io(*lines):
+        commands = [part for line in lines for part in ("-c", line)]
+        done = subprocess.run(["qemu-io", "-f", "raw", *commands, f"nbd+unix:///vm@s?socket={path}"], capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    snap = disk.snapshot("s", export="discard", cluster_size="64K")
+    said = qemu_io("discard 64k 64k", "discard 128k 32k", "discard 160k 16k", "read -P 0x6f 0 64k", "read -P 0x6f 176k 16k")
+    assert "fail" not in said and "verification" not in said, said
+    assert snap.status()["discarded_bytes"] == 112 << 10
+    assert "read failed: Invalid argument" in qemu_io("read 60k 8k")
+    assert "read failed: Invalid argument" in qemu_io("read 128k 64k")
+    disk.write(64 << 10, b"n" * (64 << 10))
+    assert snap.status()["preserved_clusters"] == 0         # it has gone whole, and costs the guest nothing
+    assert "fail" not in qemu_io("discard 176k 16k")
+    disk.write(128 << 10, b"n" * (64 << 10))
+    assert snap.status()["preserved_clusters"] == 0 and snap.status()["discarded_bytes"] == 128 << 10
+    with connect(path) as client:
+        refused(22, "multiples of 1024 bytes", client.trim, 1 << 20, 512)
+    assert snap.read(0, 64 << 10) == b"o" * (64 << 10)
