@@ -43,7 +43,7 @@ cdef class WriteNotifier(BlockDevice):
     cdef pthread_mutex_t mutex
     cdef pthread_cond_t changed             # a claim was given up or has become done; hold or state changed; a write left while held
     cdef bint ready
-    cdef Pace pace                          # of the job; None before it
+    cdef Pace pace                          # of the job; None before it (mutex)
 
     cdef forget(self)
     cdef int64_t bitmap_bytes(self) noexcept nogil

@@ -157,8 +157,10 @@ cdef class WriteNotifier(BlockDevice):
 
     def run(self, Pace pace not None, int64_t chunk, bint in_background=False):
         """Copy until all is done, a failure, or the pace was cancelled. For threads of a job; holds no interpreter lock."""
+        pthread_mutex_lock(&self.mutex)
         if self.pace is not pace:       # all threads of a job have the same
             self.pace = pace
+        pthread_mutex_unlock(&self.mutex)
         with nogil:
             if in_background:
                 run_in_background()
@@ -364,8 +366,10 @@ cdef class WriteNotifier(BlockDevice):
             self.stop_job()         # it may sleep for its rate, and there is nothing left to copy
 
     cdef void stop_job(self) noexcept nogil:
-        if self.pace is not None:
+        pthread_mutex_lock(&self.mutex)
+        if self.pace is not None:       # else it begins later, and finds nothing to do
             self.pace.stop(True)
+        pthread_mutex_unlock(&self.mutex)
 
     cdef void note_copy_failure(self, int code, bint reading, int64_t offset, int64_t length, bint for_guest) noexcept nogil:
         """Of a guest's copy the policy says whether it is the backup's end; of the job's it is."""

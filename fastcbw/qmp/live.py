@@ -71,19 +71,23 @@ class Live:
         if export.switch is None and node.bottom is not before.bottom:
             raise Error(f"{export.user.label}: the daemon serves this disk by itself, so that it can only be moved within it, not to node "
                         f"'{node.name}' (serve it with block-export-add)")
-        change = None if export.switch is None else Change(export.switch, node.guest())
-        if change is not None:
-            change.check()
-        (edge,) = [edge for edge in before.parents if edge.parent is export.user]
-        self.graph.redirect(edge, node)
-        if change is not None:
-            try:
-                self._change(change)
-            except BaseException:
-                self.graph.redirect(edge, before)
-                raise
+        if export.switch is None:
+            self.graph.move(export.user, node)
+        else:
+            self._move_to(export, Change(export.switch, node.guest()), node)
         export.node = node
         return lambda: setattr(export, "node", before)
+
+    def _move_to(self, export: NodeExport, change: Change, node: Node) -> None:
+        before = export.node
+        change.check()
+        (edge,) = [edge for edge in before.parents if edge.parent is export.user]
+        self.graph.redirect(edge, node)
+        try:
+            self._change(change)
+        except BaseException:
+            self.graph.redirect(edge, before)
+            raise
 
     def replace_child(self, parent: str, child: str, node: Node) -> None:
         """Have the node PARENT use NODE as CHILD."""
