@@ -35,7 +35,7 @@ from fastcbw.export.nbd.reads cimport PIECE_ALIGN, Reads
 from fastcbw.export.nbd.replies cimport Replies
 from fastcbw.export.nbd.request cimport Request
 from fastcbw.kernels.atomic cimport load32_acquire, store32_release
-from fastcbw.sync cimport now_ns
+from fastcbw.sync cimport give_way, now_ns
 from fastcbw.wire.constants cimport (
     CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM,
     CMD_WRITE, CONTEXTS_MAX, REQUEST_LENGTH, REQUEST_MAGIC)
@@ -103,6 +103,8 @@ cdef class Connection(Reads):
         pthread_setname_np(pthread_self(), b"nbd-" + self.export_name[:11])     # as `top -H` shows it, 15 bytes at most
         try:
             with nogil:
+                if self.background:
+                    give_way()          # who pulls takes the processor only where no guest wants it
                 self.serve()
         finally:
             if self.flights is not None:
