@@ -19,5 +19,7 @@ cdef extern from "sync.h" nogil:
     int64_t now_ns "fcbw_now_ns"() noexcept
     void sleep_ns "fcbw_sleep_ns"(int64_t ns) noexcept
     void waits "fcbw_waits"() noexcept
+    int sched_yield() noexcept
     int run_in_background "fcbw_run_in_background"() noexcept
     void give_way "fcbw_give_way"() noexcept
+    void wake_at_once "fcbw_wake_at_once"() noexcept

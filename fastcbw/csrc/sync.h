@@ -76,4 +76,19 @@ static inline void fcbw_give_way(void)
         syscall(SYS_ioprio_set, 1 /* a thread */, 0 /* this one */, 2 << 13 | 7);
 }
 
+/* From here on the calling thread is scheduled in slices of 0.1 ms instead of about 3: when it wakes up it need not wait until
+ * the slice of who is running has ended (EEVDF, Linux 6.12; older kernels take it as no wish). For threads that serve a guest. */
+static inline void fcbw_wake_at_once(void)
+{
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } wish = { sizeof(wish), SCHED_OTHER, 0, getpriority(PRIO_PROCESS, 0), 0, 100000, 0, 0 };
+    if (sched_getscheduler(0) == SCHED_OTHER)
+        syscall(SYS_sched_setattr, 0, &wish, 0);
+}
+
 #endif

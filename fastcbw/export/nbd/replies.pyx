@@ -14,12 +14,19 @@ from libc.string cimport memcpy, memset, strlen
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.sys cimport iovec
-from fastcbw.sync cimport now_ns
+from fastcbw.kernels.atomic cimport load32_relaxed, store32_relaxed
+from fastcbw.sync cimport now_ns, sched_yield
 from fastcbw.wire.constants cimport (
     CHUNK_LENGTH, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, REPLY_TYPE_ERROR_OFFSET, SIMPLE_REPLY_LENGTH,
     SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC)
 from fastcbw.wire.integers cimport store16, store32, store64
 from fastcbw.wire.socket cimport MSG_DONTWAIT, MSG_NOSIGNAL, POLLOUT, msghdr, sendmsg
+
+cdef enum:
+    OFFERS = 256
+
+# How many payloads of snapshots are still followed by an offer of the processor; every guest that is answered fills it up.
+cdef uint32_t offers = 0
 
 
 cdef class Replies:
@@ -92,7 +99,21 @@ cdef class Replies:
                 sent -= <ssize_t>part
                 if vector[first].iov_len == 0:
                     first += 1
+        self.guests_first(length != 0)
         return -self.failed
+
+    cdef void guests_first(self, bint payload) noexcept nogil:
+        """After a send. The scheduler lets who runs run on until the next tick, up to 4 ms, when the one that wakes has just had its
+        share; so while guests are answered, who pulls offers the processor after each payload. Without guests that
+        would only make those who pull take turns, which costs them 3 %.
+        """
+        cdef uint32_t left = load32_relaxed(&offers)
+        if not self.background:
+            if left < OFFERS / 2:
+                store32_relaxed(&offers, OFFERS)
+        elif payload and left:
+            store32_relaxed(&offers, left - 1)      # some get lost between threads
+            sched_yield()
 
     cdef int done(self, uint64_t cookie) noexcept nogil:
         cdef char *at = self.room(SIMPLE_REPLY_LENGTH)

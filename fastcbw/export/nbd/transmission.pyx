@@ -35,7 +35,7 @@ from fastcbw.export.nbd.reads cimport PIECE_ALIGN, Reads
 from fastcbw.export.nbd.replies cimport Replies
 from fastcbw.export.nbd.request cimport Request
 from fastcbw.kernels.atomic cimport load32_acquire, store32_release
-from fastcbw.sync cimport give_way, now_ns
+from fastcbw.sync cimport give_way, now_ns, wake_at_once
 from fastcbw.wire.constants cimport (
     CMD_BLOCK_STATUS, CMD_CACHE, CMD_DISC, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLUSH, CMD_READ, CMD_TRIM,
     CMD_WRITE, CONTEXTS_MAX, REQUEST_LENGTH, REQUEST_MAGIC)
@@ -80,6 +80,7 @@ cdef class Connection(Reads):
             self.context_id[i] = identifier
         self.contexts_count = len(self.contexts)
         self.replies = Replies(fd, structured)
+        self.replies.background = background
         # What waits may leave this thread where the device is made for it, and its opener has chosen an engine.
         # A read-once export answers one read after the other: what has gone out is consumed before the next.
         if device.queueable and device.io_engine != ENGINE_SYNC and not self.read_once:
@@ -105,6 +106,8 @@ cdef class Connection(Reads):
             with nogil:
                 if self.background:
                     give_way()          # who pulls takes the processor only where no guest wants it
+                else:
+                    wake_at_once()
                 self.serve()
         finally:
             if self.flights is not None:
