@@ -194,6 +194,6 @@ def test_a_bad_name_of_a_snapshot_is_refused(daemon, remote, name):
     assert remote.snapshots() == []
 
 
-def test_data_of_a_remote_disk_is_refused_with_the_way_to_it(daemon, remote, tmp_path):
-    with pytest.raises(NotImplementedError, match=f"use NBD: nbd\\+unix:///a\\?socket={tmp_path}/nbd"):
-        remote.disks["a"].read(0, 4096)
+def test_data_of_a_remote_disk_comes_by_way_of_its_export(daemon, remote, tmp_path):
+    assert remote.disks["a"].uri == f"nbd+unix:///a?socket={tmp_path}/nbd"
+    assert remote.disks["a"].read(0, 4096) == b"a" * 4096
