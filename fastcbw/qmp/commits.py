@@ -11,7 +11,7 @@ from fastcbw.cbw.options import check_name
 from fastcbw.errors import Error
 from fastcbw.graph.allocation import allocated, backing_of, server_of
 from fastcbw.graph.graph import Graph
-from fastcbw.graph.node import Node, User
+from fastcbw.graph.node import NOTHING, Node, User
 from fastcbw.graph.permissions import READER, TARGET, Needs, Permission
 from fastcbw.jobs.commit import CommitJob
 from fastcbw.qmp.jobs import JobRecord
@@ -57,7 +57,7 @@ class Commits:
         try:
             id = self.daemon.jobs.reserve(id)
             try:
-                job = CommitJob(overlay.disk(), target.device, lambda: allocated(server, overlay.device.length), id=id, rate=speed or None,
+                job = CommitJob(overlay.disk(), target.guest(), lambda: allocated(server, overlay.device.length), id=id, rate=speed or None,
                                 alone=lambda: self._alone(id, overlay, target, users))
             except BaseException:
                 self.daemon.jobs.give_back(id)
@@ -94,19 +94,25 @@ class Commits:
     def _alone(self, id: str, overlay: Node, base: Node, users: list[User]) -> Iterator[None]:
         """Hold the exports of OVERLAY, run the block, have them end at BASE; keep others from writing the overlay to the end of the job.
 
-        Error while it is written otherwise than by an export of a node of its own; then, and after an error of the block, nothing has changed.
+        Error while it is written otherwise than by an export of a node of its own, and while anybody else reads it or a snapshot of it:
+        where the overlay has nothing of its own they would read what the guest writes to the base, and no engine sees the two as one
+        disk. Then, and after an error of the block, nothing has changed.
         """
         nodes = self.daemon.nodes
         with self.daemon.changing():
+            self._check_no_snapshots(overlay)
             (edge,) = [edge for edge in base.parents if edge.parent is users[0]]
+            (source,) = [edge for edge in overlay.parents if edge.parent is users[0]]
             undo: list[Callable[[], None]] = []
             with self.graph.transaction(), nodes.live.collecting():
                 try:
                     self.graph.change_needs(edge, Needs(edge.needs.taken, Permission.ALL))      # who comes from the overlay may be there, too
                     for export in [export for export in nodes.exports.values() if export.node.bottom is overlay.bottom]:
                         undo.append(nodes.replace(export.id, base.name))
+                    self.graph.change_needs(source, NOTHING)        # it reads as the one that is alone
                     alone = self.graph.attach(f"job '{id}'", [(overlay.bottom, "source", "source", ALONE)])
                     self.graph.check()
+                    self._check_no_readers(overlay, alone)
                     with nodes.live.carried_out():
                         yield
                 except BaseException:
@@ -114,6 +120,21 @@ class Commits:
                         step()
                     raise
             users.append(alone)
+
+    @staticmethod
+    def _check_no_snapshots(overlay: Node) -> None:
+        snapshots = list(overlay.disk().snapshots)
+        if snapshots:
+            raise Error(f"node '{overlay.name}': its disk has the snapshot {', '.join(snapshots)}, which would read what the guest writes to the "
+                        "base (delete it, or wait for its job; then complete again)")
+
+    @staticmethod
+    def _check_no_readers(overlay: Node, alone: User) -> None:
+        """Error for whoever reads the overlay beside ALONE; the needs are worked out."""
+        for edge in overlay.bottom.parents:
+            if edge.parent is not alone and edge.needs.taken & Permission.CONSISTENT_READ:
+                raise Error(f"{edge.label} reads node '{overlay.bottom.name}' as '{edge.name}', which would show it what the guest writes to the "
+                            "base (end that; then complete again)")
 
     def _end(self, users: list[User]) -> None:
         with self.daemon.changing():

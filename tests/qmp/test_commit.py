@@ -244,3 +244,51 @@ def test_sync_top_copies_what_the_overlay_has_of_its_own(nodes, daemon, execute)
     execute("blockdev-backup", device="top", target="copy", sync="full", job_id="j", auto_dismiss=False)
     assert outcome(daemon) == "completed"
     assert daemon.nodes.graph.find("copy").device.read(0, LENGTH) == content(nodes)
+
+
+def test_job_complete_is_refused_while_the_overlay_has_a_snapshot_which_would_read_what_the_guest_writes_to_the_base(nodes, daemon, execute):
+    execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False)
+    until_ready(execute)
+    execute("fastcbw-snapshot-create", name="s", disks=["top"])
+    before = execute("fastcbw-graph"), execute("query-block-exports")
+    with pytest.raises(Error, match="node 'top': its disk has the snapshot s, which would read what the guest writes to the base"):
+        execute("job-complete", id="j")
+    assert (execute("fastcbw-graph"), execute("query-block-exports")) == before
+    assert execute("query-block-jobs")[0]["status"] == "ready"
+    with Client(nodes / "nbd", "top") as guest:
+        guest.write(M, b"guest")        # where the overlay had nothing of its own
+    assert daemon.snapshot("top", "s").read(0, LENGTH) == content(nodes)
+    execute("fastcbw-snapshot-delete", name="s", disks=["top"])
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed"
+    assert daemon.nodes.graph.find("base").device.read(M, 5) == b"guest"
+
+
+def test_job_complete_is_refused_while_somebody_else_reads_the_overlay(nodes, daemon, execute):
+    execute("blockdev-add", driver="x-fastcbw-delay", node_name="slow", file="top")
+    execute("block-export-add", type="nbd", id="reader", node_name="slow")
+    execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False)
+    until_ready(execute)
+    before = execute("fastcbw-graph"), execute("query-block-exports")
+    with pytest.raises(Error, match="node 'slow' reads node 'top' as 'file', which would show it what the guest writes to the base"):
+        execute("job-complete", id="j")
+    assert (execute("fastcbw-graph"), execute("query-block-exports")) == before
+    execute("block-export-del", id="reader")
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed"
+
+
+def test_a_bitmap_and_a_snapshot_of_the_base_see_what_is_committed(nodes, daemon, execute):
+    execute("block-dirty-bitmap-add", node="base", name="b", granularity=64 * K)
+    execute("fastcbw-snapshot-create", name="s", disks=["base"])
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False)
+    until_ready(execute)
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed"
+    base = daemon.nodes.graph.find("base").disk()
+    assert base.read(0, LENGTH) == content(nodes)
+    assert base.snapshots["s"].read(0, LENGTH) == b"\x01" * LENGTH
+    assert base.bitmaps["b"].report()["count"] == (64 + 128 + 64) * K        # what lies in the overlay
+    execute("fastcbw-snapshot-delete", name="s", disks=["base"])
