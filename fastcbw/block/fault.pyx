@@ -267,6 +267,9 @@ cdef class FaultDevice(BlockDevice):
                        KernelIo *io, int code) noexcept nogil:
         return self.child.queue_end(operation, vector, count, offset, length, flags, io, code)
 
+    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
+        self.child.queue_late(operation, io)
+
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         cdef int code = self.meet(STATUS, offset, length, 0)
         return code if code else self.child.block_status(offset, length, flags)

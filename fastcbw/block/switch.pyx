@@ -106,9 +106,13 @@ cdef class SwitchDevice(BlockDevice):
         return self.child.fail(code, operation, offset, length)
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        """Counted, too, so that the child stays; after a change another one says what the code means, which is of no other kind."""
+        """Counted, too, so that the child stays; after a change another one says what the code means, which is of no other kind.
+
+        It never waits: callers hold the interpreter, or are who holds the place. Meanwhile the code's own words have to do.
+        """
         cdef int shown
-        self.enter()
+        if not self.try_enter():
+            return BlockDevice.explain(self, code, text, size)
         shown = self.child.explain(code, text, size)
         self.leave()
         return shown

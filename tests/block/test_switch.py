@@ -1,14 +1,17 @@
 """A place where devices are exchanged: requests under way are waited for, new ones wait, at the bound nothing has changed."""
 
+import errno
 import threading
 
 import pytest
 
 from fastcbw.block.delay import DelayDevice
+from fastcbw.block.fault import FaultDevice
 from fastcbw.block.file import FileDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.queued import QueuedDevice
 from fastcbw.block.switch import SwitchDevice
+from fastcbw.cbw.notifier import WriteNotifier
 
 LENGTH = 1 << 20
 
@@ -97,3 +100,17 @@ def test_a_device_that_is_another_disk_is_refused(other, words):
         switch.put(other)
     switch.release()
     switch.write(0, b"x")
+
+
+def test_what_a_code_means_is_told_while_the_place_is_held():
+    """Who asks holds the interpreter, or is who holds the place: it must not wait."""
+    target = SwitchDevice(FaultDevice(MemoryDevice(LENGTH), name="target"))
+    notifier = WriteNotifier(MemoryDevice(LENGTH), target)
+    notifier.write(0, b"old")
+    notifier.begin()
+    with target.child.fail_on("write", errno=errno.ENOSPC):
+        notifier.write(0, b"x")
+    target.hold(1)
+    assert notifier.error.endswith("No space left on device")
+    target.release()
+    assert notifier.error.endswith("No space left on device")

@@ -16,6 +16,8 @@ from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
 from fastcbw.block.queue import IoQueue
 from fastcbw.block.queued import HungDevice
+from fastcbw.block.switch import SwitchDevice
+from fastcbw.block.throttle import ThrottleDevice
 from fastcbw.cbw.engine import Engine
 from fastcbw.errors import SnapshotBroken
 
@@ -211,6 +213,28 @@ def test_a_claim_of_a_stage_that_hangs_times_out_for_others(queue):
     assert queue.wait(1, 20) == [(1, 0)]
     disk.feed(b"x" * K)
     queue.close()
+    engine.close()
+    disk.close()
+
+
+@pytest.mark.parametrize("above", [FaultDevice, SwitchDevice, ThrottleDevice])
+def test_a_stage_that_is_late_is_late_through_a_filter_too(queue, above):
+    """Else the write would be counted for ever, and the next change of the snapshots would never end."""
+    disk = HungDevice(MemoryDevice(LENGTH))
+    disk.write(0, b"o" * LENGTH)
+    engine = Engine(disk)
+    view = engine.snapshot("s", cbw_timeout=100)
+    filter = above(engine.device)
+    assert write(queue, filter, 5, b"n") == 0
+    with pytest.raises(SnapshotBroken, match="longer than cbw-timeout"):
+        view.read(0, K)
+    Task(engine.delete, "s").result()
+    disk.feed(b"x" * K)
+    queue.close()           # what was late has ended, too
+    if isinstance(filter, SwitchDevice):
+        filter.hold(20)
+        filter.release()
+    assert disk.child.read(4 * K, 3 * K) == b"o" * K + b"n" * K + b"o" * K
     engine.close()
     disk.close()
 
