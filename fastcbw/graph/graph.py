@@ -90,7 +90,8 @@ class Graph:
             self._leaving.append(node)
             return
         self._check_unused(node, [])
-        node.kind.settle(node)
+        for going in self._going([node]):
+            going.kind.settle(going)
         self._close(node)
         self._refresh()
 
@@ -131,10 +132,22 @@ class Graph:
             self._close(node)
         self._refresh()
 
+    def to_settle(self) -> list[Node]:
+        """Within a transaction: the nodes that settle_leaving() asks."""
+        return self._going(self._leaving)
+
+    def _going(self, leaving: Iterable[Node]) -> list[Node]:
+        """LEAVING and what was described inside them, and so goes with them: parents before children."""
+        going = list(leaving)
+        for node in going:      # it grows
+            going += {edge.child: None for edge in node.children.values() if not edge.child.owned and edge.child not in going
+                      and all(above.parent in going for above in edge.child.parents)}
+        return [node for node in from_the_top(self.nodes.values()) if node in going]
+
     def settle_leaving(self) -> None:
         """Within a transaction, once it can't fail otherwise: have what is to go do what may fail before."""
         if not self._settled:
-            for node in self._leaving:
+            for node in self.to_settle():
                 node.kind.settle(node)
             self._settled = True
 
@@ -295,7 +308,7 @@ class Graph:
 
         A child that was described inside the parent goes with the change.
         """
-        if isinstance(edge.parent, Node) and edge.parent in _below(node):
+        if isinstance(edge.parent, Node) and edge.parent in below(node):
             raise Error(f"node '{edge.parent.name}' would be below itself, by way of node '{node.name}' (a graph has no cycles)")
         before, place = edge.child, edge.child.parents.index(edge)
 
@@ -337,7 +350,7 @@ class Graph:
             return                      # at the end of the transaction
         fresh: dict[Edge, Needs] = {}
         guarded: set[Node] = set()
-        for node in _from_the_top(self.nodes.values()):
+        for node in from_the_top(self.nodes.values()):
             known = [(edge, fresh.get(edge, edge.needs)) for edge in node.parents]
             permissions.check(node.name, known)
             taken, shared = Permission.NONE, Permission.ALL
@@ -359,7 +372,7 @@ class Graph:
 
     def describe(self) -> list[dict[str, Any]]:
         """Return every node, children before parents, ready for JSON."""
-        return [node.describe() for node in reversed(list(_from_the_top(self.nodes.values())))]
+        return [node.describe() for node in reversed(list(from_the_top(self.nodes.values())))]
 
 
 def _in_order(planned: Mapping[str, tuple[Node, dict[str, str]]], existing: Mapping[str, Node]) -> list[str]:
@@ -385,7 +398,7 @@ def _in_order(planned: Mapping[str, tuple[Node, dict[str, str]]], existing: Mapp
     return order
 
 
-def _below(node: Node) -> set[Node]:
+def below(node: Node) -> set[Node]:
     """NODE and all that is below it."""
     found, todo = set(), [node]
     while todo:
@@ -396,7 +409,7 @@ def _below(node: Node) -> set[Node]:
     return found
 
 
-def _from_the_top(nodes: Iterable[Node]) -> list[Node]:
+def from_the_top(nodes: Iterable[Node]) -> list[Node]:
     """Nodes, each after all that are above it; those that are just being opened (above NODES, in no table yet) included."""
     order: list[Node] = []
     seen: set[Node] = set()

@@ -11,10 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastcbw.block.device import ZERO, BlockDevice
 from fastcbw.block.switch import SwitchDevice
 from fastcbw.errors import Error
+
+if TYPE_CHECKING:
+    from fastcbw.graph.node import Node
 
 #: Seconds for requests under way to end, and for a store to be copied.
 HOLD_SECONDS = 2.0
@@ -23,11 +27,17 @@ _COPY_BYTES = 1 << 20
 
 @dataclass
 class Change:
-    """DEVICE is to be behind PLACE; takes_content: what is behind it now is copied there first."""
+    """DEVICE is to be behind PLACE; takes_content: what is behind it now is copied there first.
+
+    above: the node whose joint the place is, None for an export's; before, after: the nodes that are there now and then.
+    """
 
     place: SwitchDevice
     device: BlockDevice
     takes_content: bool = False
+    above: Node | None = None
+    before: Node | None = None
+    after: Node | None = None
 
     def check(self) -> None:
         """Error when the device can't be put there."""
@@ -41,6 +51,8 @@ class Change:
 def changed(changes: Sequence[Change], seconds: float = HOLD_SECONDS) -> Iterator[None]:
     """Hold the places of CHANGES, run the block, then make all of them; an error before, or in the block, makes none.
 
+    The uppermost come first, so that what is under way in them comes to its end through those below. The block, and the copy of a
+    store, must not use what is above a place of theirs: it would wait for itself.
     Raises Error when a device can't be put there, TimeoutError when the places do not come to rest within SECONDS, OSError.
     """
     for change in changes:
@@ -72,3 +84,4 @@ def _copy(source: BlockDevice, target: BlockDevice, until: float, seconds: float
                 target.write_zeroes(at, step)
             else:
                 target.write(at, source.read(at, min(step, offset + length - at)))
+    target.flush()      # what the old one had on its disk is no less safe in the new one

@@ -21,6 +21,7 @@ from fastcbw.errors import Error
 from fastcbw.graph.allocation import GRANULARITY, allocated, backing_of, server_of
 from fastcbw.graph.graph import Graph
 from fastcbw.graph.kinds.foreign import QemuNbd
+from fastcbw.graph.live import HOLD_SECONDS
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import READER, TARGET
 from fastcbw.jobs.write_notifier import WriteNotifierJob
@@ -119,7 +120,10 @@ class Backups:
         try:
             for backup in backups:
                 if backup.notifies:
-                    jobs.append((backup, WriteNotifierJob(backup.source.device, **backup.options).start()))
+                    job = WriteNotifierJob(backup.source.device, **backup.options)
+                    if not backup.source.device.has_begun:
+                        backup.source.device.begin(timeout=HOLD_SECONDS)       # everybody's changes wait meanwhile
+                    jobs.append((backup, job.start()))
                     continue
                 snapshot = made.get(backup) or backup.source.snapshot
                 if backup.sync == "none":

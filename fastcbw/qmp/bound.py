@@ -121,7 +121,7 @@ class Bound:
         try:
             self.daemon.nodes.run(steps)
             return
-        except Error:
+        except (Error, OSError):
             pass
         for export, before, _ in moves:
             self._try(made, export, lambda export=export, before=before: self.daemon.nodes.replace(export.id, before.name))

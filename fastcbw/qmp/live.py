@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastcbw.errors import Error
-from fastcbw.graph.graph import Graph
+from fastcbw.graph.graph import Graph, below, from_the_top
 from fastcbw.graph.live import HOLD_SECONDS, Change, changed
 from fastcbw.graph.node import Node, device_for
 from fastcbw.graph.options import check_options
@@ -29,24 +29,46 @@ class Live:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._changes: dict[SwitchDevice, Change] | None = None     # of the run under way
+        self._ranks: dict[Node, int] = {}                           # of the nodes at its beginning: the lower, the further up
         self._seconds = HOLD_SECONDS
 
     @contextmanager
     def collecting(self) -> Iterator[Live]:
         """Collect the changes of the block's actions; carried_out() makes them."""
         self._changes, self._seconds = {}, HOLD_SECONDS
+        self._ranks = {node: rank for rank, node in enumerate(from_the_top(self.graph.nodes.values()))}
         try:
             yield self
         finally:
-            self._changes = None
+            self._changes, self._ranks = None, {}
 
     @contextmanager
     def carried_out(self) -> Iterator[None]:
         """Hold all places, run the block, make the changes."""
-        with changed(list(self._changes.values()), self._seconds):
+        # Exports are above all nodes; what is new has no requests yet.
+        changes = sorted(self._changes.values(), key=lambda change: -2 if change.above is None else self._ranks.get(change.above, -1))
+        with changed(changes, self._seconds):
             yield
 
+    def check_use(self, users: Iterable[tuple[Node, str]]) -> None:
+        """Error when one of USERS, nodes that are used while the places are held and the words for why, is above a place that is: its
+        requests wait there, and whoever waited for their end would wait for ever. Exports' places are above everything."""
+        changes = list(self._changes.values())
+        stores = [(node, f"a store that is copied from node '{node.name}' or to it") for change in changes if change.takes_content
+                  for node in (change.before, change.after)]
+        for change in changes:
+            if change.above is None:
+                continue
+            # The old data that a copy-before-write node keeps by its place is that of every guest write to its disk.
+            held = change.above.bottom
+            for node, words in [*users, *stores]:
+                if held in below(node):
+                    raise Error(f"{words}: is above node '{change.above.name}', whose child is replaced in the same transaction, and would "
+                                f"wait for it (replace the child in a transaction of its own)")
+
     def _change(self, change: Change) -> None:
+        if self._changes is not None and change.place in self._changes:
+            change.before = self._changes[change.place].before      # an action before this one wanted another: nothing is there yet
         if self._changes is None:
             if change.device is not change.place.child:
                 with changed([change]):
@@ -74,7 +96,7 @@ class Live:
         if export.switch is None:
             self.graph.move(export.user, node)
         else:
-            self._move_to(export, Change(export.switch, node.guest()), node)
+            self._move_to(export, Change(export.switch, node.guest(), before=before, after=node), node)
         export.node = node
         return lambda: setattr(export, "node", before)
 
@@ -103,7 +125,7 @@ class Live:
         above.kind.check_replace(above, child)
         if edge.role == "filtered" and not node.kind.live:
             raise Error(f"node '{node.name}': shows a snapshot, no live disk")
-        change = Change(place, device_for(edge.role, node), takes_content=edge.role == "store")
+        change = Change(place, device_for(edge.role, node), takes_content=edge.role == "store", above=above, before=edge.child, after=node)
         change.check()
         self.graph.redirect(edge, node)
         self._change(change)

@@ -186,6 +186,8 @@ class Nodes:
                     if step is not None:
                         undo.append(step)
                 self.graph.check()
+                self.live.check_use([*((node, f"node '{node.name}', which goes") for node in self.graph.to_settle() if node.kind.settles),
+                                     *((node, f"job '{backup.id}'") for backup in backups for node in (backup.source, backup.target))])
                 with self.live.carried_out():
                     self.graph.settle_leaving()
                     return self.backups.start(backups, grouped=grouped)

@@ -7,6 +7,7 @@ import pytest
 
 from fastcbw.errors import Error
 from fastcbw.export.nbd.client import Client
+from fastcbw.graph.live import changed
 from fastcbw.wire import constants as c
 
 LENGTH = 1 << 20
@@ -305,6 +306,131 @@ def test_a_daemon_ends_though_a_job_waits_for_a_throttle(daemon, vm, execute):
     for target in ("target", "hangs"):
         execute("blockdev-backup", job_id=target, device="disk" if target == "hangs" else "a", target=target, sync="full")
     daemon.close()      # in time for the test's end, not in an hour
+
+
+# -- what would wait for itself
+
+@pytest.mark.parametrize("replaced", [to("bad", parent="slow", child="file"), act("blockdev-reopen", options=[
+    {"driver": "throttle", "node-name": "slow", "limits": {}, "file": "bad"}])])
+def test_a_backup_above_a_child_that_is_replaced_is_refused(daemon, vm, execute, tmp_path, replaced):
+    """Its instant waits for the guest's writes under way, these for the child's place, and the place for the end of the transaction."""
+    execute("transaction", actions=[act("blockdev-add", **THROTTLE), to("slow")])
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk")
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    before = execute("fastcbw-graph")
+    backup = act("blockdev-backup", job_id="j", device="slow", target="temp", sync="full")
+    with Writer(tmp_path / "nbd"):
+        with pytest.raises(Error, match="job 'j': is above node 'slow', whose child is replaced in the same transaction"):
+            execute("transaction", actions=[replaced, backup])
+        assert execute("fastcbw-graph") == before and execute("query-jobs") == []
+        execute("transaction", actions=[to("bad", parent="slow", child="file"), act("blockdev-backup", **backup["data"] | {"device": "bad"})])
+        execute("job-cancel", id="j")
+
+
+def test_a_backup_to_what_is_above_a_child_that_is_replaced_is_refused(daemon, vm, execute):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="other", size=LENGTH)
+    execute("blockdev-add", **THROTTLE | {"file": "temp"})
+    with pytest.raises(Error, match="job 'j': is above node 'slow'"):
+        execute("transaction", actions=[to("other", parent="slow", child="file"),
+                                        act("blockdev-backup", job_id="j", device="disk", target="slow", sync="full")])
+
+
+def test_the_backup_of_a_write_notifier_above_a_child_that_is_replaced_is_refused(daemon, vm, execute):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    execute("blockdev-add", **THROTTLE)
+    execute("transaction", actions=[act("blockdev-add", **NOTIFIER | {"file": "slow"}), to("old")])
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk")
+    with pytest.raises(Error, match="job 'j': is above node 'slow'"):
+        execute("transaction", actions=[to("bad", parent="slow", child="file"),
+                                        act("blockdev-backup", job_id="j", device="old", target="temp", sync="full")])
+
+
+def test_a_cache_does_not_go_while_a_child_below_it_is_replaced(daemon, vm, execute):
+    execute("block-export-del", id="vm")
+    execute("blockdev-add", **THROTTLE)
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk")
+    execute("blockdev-add", **CACHE | {"file": "slow"})
+    before = execute("fastcbw-graph")
+    with pytest.raises(Error, match="node 'cache', which goes: is above node 'slow'"):
+        execute("transaction", actions=[to("bad", parent="slow", child="file"), act("blockdev-del", node_name="cache")])
+    assert execute("fastcbw-graph") == before
+    execute("blockdev-del", node_name="cache")
+
+
+def test_a_store_is_not_copied_through_a_child_that_is_replaced(daemon, vm, execute):
+    execute("block-export-del", id="vm")
+    for name in ("temp", "other", "third"):
+        execute("blockdev-add", driver="x-fastcbw-memory", node_name=name, size=LENGTH)
+    execute("blockdev-add", **THROTTLE | {"file": "temp"})
+    execute("blockdev-add", **CBW | {"target": "slow"})
+    with pytest.raises(Error, match="a store that is copied from node 'slow' or to it: is above node 'slow'"):
+        execute("transaction", actions=[to("other", parent="cbw", child="target"), to("third", parent="slow", child="file")])
+
+
+def test_places_are_held_from_the_uppermost_down(daemon, vm, execute, tmp_path, monkeypatch):
+    """The other way round requests under way in the upper one would wait in the lower one until the bound."""
+    execute("transaction", actions=[act("blockdev-add", **THROTTLE), act("blockdev-add", **THROTTLE | {"node_name": "upper", "file": "slow"}),
+                                    act("blockdev-add", **THROTTLE | {"node_name": "free"}), to("upper")])
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk")
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="worse", file="slow")
+    nodes, held = daemon.nodes.graph.nodes, []
+
+    def noted(changes, seconds):
+        held.extend(change.place for change in changes)
+        return changed(changes, seconds)
+
+    monkeypatch.setattr("fastcbw.qmp.live.changed", noted)
+    places = [daemon.nodes.exports["vm"].switch, nodes["upper"].joints["file"], nodes["slow"].joints["file"]]
+    with Writer(tmp_path / "nbd"):
+        execute("transaction", actions=[to("bad", parent="slow", child="file"), to("worse", parent="upper", child="file"), to("free")])
+    assert held == places
+
+
+def test_a_cache_that_was_described_inside_is_written_back_or_nothing_goes(daemon, vm, execute):
+    execute("block-export-del", id="vm")
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk", rules=[{"operation": "write", "errno": "ENOSPC", "count": 2}])
+    execute("blockdev-add", driver="throttle", node_name="slow", limits={}, file={
+        "driver": "throttle", "limits": {}, "file": {"driver": "x-fastcbw-cache", "node-name": "cache", "file": "bad", "size": 1 << 20}})
+    daemon.nodes.graph.find("slow").device.write(0, b"data" * 1024)
+    before = execute("fastcbw-graph")
+    for send in (lambda: execute("blockdev-del", node_name="slow"), lambda: execute("transaction", actions=[act("blockdev-del", node_name="slow")])):
+        with pytest.raises(Error, match="No space left"):
+            send()
+        assert execute("fastcbw-graph") == before
+    execute("blockdev-del", node_name="slow")
+    assert vm.read_bytes()[:4096] == b"data" * 1024 and "cache" not in daemon.nodes.graph.nodes
+
+
+def test_a_write_notifiers_beginning_is_bounded(daemon, vm, execute, tmp_path, monkeypatch):
+    """Everybody's changes wait for it."""
+    monkeypatch.setattr("fastcbw.qmp.backups.HOLD_SECONDS", 0.02)
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    execute("blockdev-add", driver="x-fastcbw-delay", node_name="late", file="disk")
+    execute("transaction", actions=[act("blockdev-add", **NOTIFIER | {"file": "late"}), to("old")])
+    backup = {"job_id": "j", "device": "old", "target": "temp", "sync": "full"}
+    with Client(tmp_path / "nbd", "vm") as guest:
+        with daemon.nodes.graph.find("late").device.hold("write") as gate:
+            write = guest.send(c.CMD_WRITE, 0, 4, payload=b"late")
+            gate.wait_arrived()
+            with pytest.raises(Error, match="guest writes did not end within 0.02 s"):
+                execute("blockdev-backup", **backup)
+            assert execute("query-jobs") == []
+        assert guest.receive_reply().cookie == write
+        execute("blockdev-backup", **backup)
+
+
+def test_a_store_that_was_taken_along_is_on_its_new_disk(daemon, vm, execute):
+    execute("block-export-del", id="vm")
+    for name in ("temp", "other"):
+        execute("blockdev-add", driver="x-fastcbw-memory", node_name=name, size=LENGTH)
+    execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="other", rules=[{"operation": "flush", "count": 1}])
+    execute("blockdev-add", **CBW | {"ram": 0})
+    with pytest.raises(Error, match="Input/output error"):
+        execute("fastcbw-replace", parent="cbw", child="target", node="bad")
+    assert daemon.nodes.graph.find("cbw").children["target"].child.name == "temp"
+    execute("fastcbw-replace", parent="cbw", child="target", node="bad")
+    assert daemon.nodes.graph.find("bad").device.requests["flush"] == 2
 
 
 # -- blockdev-reopen

@@ -16,7 +16,7 @@ class Kind:
 
     children: QEMU's name of each child -> its role. through: the child whose very device the node uses, so that a
     guest above it is a guest of that child's disk; None: the node has bytes of its own. live: guests may write through it.
-    changeable: options that blockdev-reopen may change.
+    changeable: options that blockdev-reopen may change. settles: settle() does anything.
 
     What has a device of its own above a child reads and writes `node.joint(name)`, behind which another child can be put.
     """
@@ -27,6 +27,7 @@ class Kind:
     through: ClassVar[str | None] = None
     live: ClassVar[bool] = True
     changeable: ClassVar[tuple[str, ...]] = ()
+    settles: ClassVar[bool] = False
 
     def open(self, node: Node) -> None:
         """Give NODE its device; its children are open and linked. An error leaves nothing open."""

@@ -20,6 +20,7 @@ class Cache(Kind):
                    choices=("writeback", "writethrough")),
     )
     children = {"file": "filtered"}
+    settles = True
 
     def open(self, node: Node) -> None:
         size = node.options.get("size", COPY_ON_READ_SIZE)
