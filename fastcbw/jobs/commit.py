@@ -39,14 +39,16 @@ class CommitJob(Job):
 
     allocated: asked, once the guest's writes are marked, for what lies in the overlay. on_ready: called once when the job has caught up.
     alone: a context for the last passes of complete(), in which nobody writes the disk; it raises Error where that can't be had, and when
-    it is left without an error whoever wrote the disk writes the base. on_release: called at the end. rate, workers: of the passes.
+    it is left without an error whoever wrote the disk writes the base. on_release: called at the end. base_name: for messages.
+    rate, workers: of the passes.
     """
 
     def __init__(self, disk: Any, base: BlockDevice, allocated: Callable[[], DirtyWords], *, id: str, alone: Callable[[], AbstractContextManager[None]],
-                 rate: int | str | None = None, workers: int | None = None, on_ready: Callable[[], None] = lambda: None,
-                 on_release: Callable[[], None] = lambda: None) -> None:
+                 base_name: str | None = None, rate: int | str | None = None, workers: int | None = None,
+                 on_ready: Callable[[], None] = lambda: None, on_release: Callable[[], None] = lambda: None) -> None:
         super().__init__(id)
         self.disk, self.base = disk, base
+        self._base_name = base_name or base.name
         self.on_ready = on_ready
         self._allocated, self._alone, self._on_release = allocated, alone, on_release
         self._rate = check_rate(rate)
@@ -55,9 +57,12 @@ class CommitJob(Job):
         self._pass: BackupJob | None = None
         self._paused = False
         self._completing: str | None = None     # "alone": after last passes beside which nobody writes; "here": as it is
-        self._verdict: Exception | bool | None = None       # of the last complete(): True, or why not
+        self._verdict: BaseException | bool | None = None   # of the last complete(): True, or why not
+        self._over = False                  # nobody answers complete() any more
         self._done = 0                      # bytes of passes that have ended
         self.is_ready = False
+        self.pivoted = False                # whoever wrote the disk writes the base: the job completes, whatever comes
+        self._late: tuple[BackupJob, Any] | None = None     # a last pass that took too long and is cancelled, and its snapshot
         self._owner = f"job '{id}'"
         self._bitmap = disk.add_bitmap(f"{id}.commit", granularity=READY_BYTES >> 8)
         self._bitmap.keep_for(self._owner)
@@ -65,14 +70,24 @@ class CommitJob(Job):
     # -- the job's thread
 
     def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            with self._changed:
+                self._verdict = self._verdict or error      # whoever waits in complete() learns why
+                self._changed.notify_all()
+            raise
+
+    def _work(self) -> None:
         self._bitmap.mark_again(self._allocated(), self._owner)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.cancelled or not self._paused)
                 completing = self._completing
             if self.cancelled:
-                raise JobCancelled(f"commit: cancelled; {self.base.name} is incomplete, {self.disk.name} has everything")
+                raise JobCancelled(f"commit: cancelled; {self._base_name} is incomplete, {self.disk.name} has everything")
             if completing == "here":
+                self.base.flush()
                 break
             if completing and self._end_alone():
                 break
@@ -85,40 +100,55 @@ class CommitJob(Job):
                 self.on_ready()
             with self._changed:
                 self._changed.wait_for(lambda: self.cancelled or self._completing, LOOK_S)
-        self.base.flush()
         self.result = {"bytes": self.disk.length, "data_bytes": self._done, "seconds": self.elapsed()}
 
     def _end_alone(self) -> bool:
         """Do the last passes while nobody writes. False when that can't be had: the job goes on as before, and complete() tells why."""
-        verdict: Exception | bool = True
+        verdict: Exception | bool | None = None
         try:
-            self.base.flush()       # most of it before anybody waits
             until = time.monotonic() + LAST_SECONDS
             with self._alone():
                 while self._left():
-                    self._copy(until)
+                    self._copy(until)       # every pass flushes what it wrote, within the time: nothing is left to flush
                     self.disk._engine.finish_discards()     # one that waited for the snapshot of a pass may mark again
-                self.base.flush()
+                if self.cancelled:
+                    raise JobCancelled(f"commit: cancelled; {self.disk.name} has everything")
+            self.pivoted = True
+            verdict = True
         except (JobFailed, JobCancelled) as error:
             verdict = error
             raise
-        except (Error, OSError) as error:
-            verdict = error
+        except Exception as error:
+            verdict = error                 # nothing has changed: the job goes on
         finally:
             with self._changed:
                 self._verdict = verdict
                 if verdict is not True:
                     self._completing = None
                 self._changed.notify_all()
-        return verdict is True
+            self._end_late()                # the guest goes on meanwhile
+        return self.pivoted
+
+    def _end_late(self) -> None:
+        """Wait for a last pass that took too long; what it has not copied is marked again."""
+        if self._late is not None:
+            (job, snapshot), self._late = self._late, None
+            try:
+                with snapshot:
+                    job.wait()
+            except (JobCancelled, JobFailed):
+                pass
 
     def _left(self) -> int:
         return self._bitmap.report()["count"]
 
     def _copy(self, until: float | None = None) -> None:
-        """One pass. What it does not copy is marked again. UNTIL: it is TimeoutError when it takes longer; no rate holds it up then."""
+        """One pass. What it does not copy is marked again. UNTIL: it is TimeoutError when it takes longer, and the pass, cancelled, is
+        left to _end_late(), since the guest is held; no rate holds it up then.
+        """
         rate = None if until is not None else self._rate or None
-        with self.disk.snapshot(f"{self.id}.commit", bitmap=self._bitmap.name, bitmap_for=self._owner, on_full="wait") as snapshot:
+        snapshot = self.disk.snapshot(f"{self.id}.commit", bitmap=self._bitmap.name, bitmap_for=self._owner, on_full="wait")
+        try:
             job = snapshot.backup(self.base, rate=rate, workers=self._workers)
             with self._lock:
                 self._pass = job
@@ -131,20 +161,25 @@ class CommitJob(Job):
                 self._done += job.wait(None if until is None else max(0.0, until - time.monotonic()))["data_bytes"]
             except TimeoutError:
                 job.cancel()
-                try:
-                    job.wait()
-                except (JobCancelled, JobFailed):
-                    pass
+                self._late, snapshot = (job, snapshot), None
                 raise TimeoutError(f"{self.id}: the last pass did not end within {LAST_SECONDS:g} s (nothing was changed)") from None
             except JobFailed as error:
                 raise JobFailed(f"commit: {error}; {self.disk.name} has everything") from None
             except JobCancelled:
-                raise JobCancelled(f"commit: cancelled; {self.base.name} is incomplete, {self.disk.name} has everything") from None
+                raise JobCancelled(f"commit: cancelled; {self._base_name} is incomplete, {self.disk.name} has everything") from None
             finally:
                 with self._lock:
                     self._pass = None
+        finally:
+            if snapshot is not None:
+                snapshot.close()
 
     def end(self) -> None:
+        with self._changed:
+            self._over = True
+            if self._verdict is None:
+                self._verdict = Error(f"{self.id}: has ended")
+            self._changed.notify_all()
         self._bitmap.keep_for(None)
         self._bitmap.remove()
         self._on_release()
@@ -155,19 +190,26 @@ class CommitJob(Job):
         """End a job that is ready. pivot: after last passes beside which nobody writes, returning when that is done; Error, OSError when
         it can't be: the job goes on.
 
-        Without, the base stays what the overlay was at the instant of the last pass.
+        Without, the base stays what the overlay was at the instant of the last pass; a pause ends.
         """
         if not self.is_ready:
             raise Error(f"{self.id}: is not ready")
         with self._changed:
+            if self._over:
+                raise Error(f"{self.id}: has ended")
             if self._completing is not None:
-                return
+                raise Error(f"{self.id}: is being completed already")
+            if pivot and self._paused:
+                raise Error(f"{self.id}: is paused (resume it, then complete it)")
             self._completing, self._verdict = ("alone", None) if pivot else ("here", True)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._verdict is not None or self.cancelled)
+            if pivot:
+                self._changed.wait_for(lambda: self._verdict is not None)
             verdict = self._verdict
-        if isinstance(verdict, Exception):
+        if isinstance(verdict, BaseException):
             raise verdict
+        if not pivot:
+            self._set_paused(False)
 
     def stop(self) -> None:
         with self._changed:
@@ -186,6 +228,8 @@ class CommitJob(Job):
 
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
+            if paused and self._completing == "alone" and not self._over:
+                raise Error(f"{self.id}: is being completed, it can't be paused")
             self._paused = paused
             job = self._pass
             self._changed.notify_all()

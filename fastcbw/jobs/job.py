@@ -22,8 +22,10 @@ class Job:
     """Base of all jobs; subclasses override run(), stop(), progress.
 
     id: unique in the process. status: "created", "running", "concluded". error: None, or why it failed or was cancelled.
-    Safe from any thread; also awaitable in asyncio.
+    pivoted: what it did can't be taken back any more, so that it can't be cancelled. Safe from any thread; also awaitable in asyncio.
     """
+
+    pivoted = False
 
     def __init__(self, id: str | None = None) -> None:
         self.id = id if id is not None else f"job{next(_numbers)}"

@@ -58,7 +58,7 @@ class Commits:
             id = self.daemon.jobs.reserve(id)
             try:
                 job = CommitJob(overlay.disk(), target.guest(), lambda: allocated(server, overlay.device.length), id=id, rate=speed or None,
-                                alone=lambda: self._alone(id, overlay, target, users))
+                                base_name=f"node '{target.name}'", alone=lambda: self._alone(id, overlay, target, users))
             except BaseException:
                 self.daemon.jobs.give_back(id)
                 raise

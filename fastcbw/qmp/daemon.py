@@ -300,7 +300,7 @@ class Daemon:
         if self._closed:
             return
         self._closed = True
-        steps = [self.qmp.close] if self.qmp is not None else []  # first: nobody may begin anything any more
+        steps = [lambda: self.qmp.close(self._let_go)] if self.qmp is not None else []  # first: nobody may begin anything any more
         steps += [self.nodes.let_go, self.jobs.close, self.latencies.close]
         if self.nbd is not None:
             steps.append(self.nbd.close)
@@ -314,6 +314,11 @@ class Daemon:
                 first = first or error
         if first is not None:
             raise first
+
+    def _let_go(self) -> None:
+        """End what a command may wait for: a job that it completes, and what that waits for in a node."""
+        self.nodes.let_go()
+        self.jobs.cancel_all()
 
     def __enter__(self) -> Daemon:
         return self

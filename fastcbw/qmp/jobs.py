@@ -199,14 +199,14 @@ class JobTable:
         """The work is done: end at once, or when the others of the group are there, or when somebody says so. Return the outcome."""
         group = record.group
         self._enter(record, "waiting")
-        if not group.work_done(record):
+        if not group.work_done(record) and not record.job.pivoted:
             return self._broken_up(record)
         self._enter(record, "pending")
         if not group.needs_finalize:
             group.finalize()        # whichever comes first
         elif not record.auto_finalize:
             self._emit("BLOCK_JOB_PENDING", {"type": record.type, "id": record.id})
-        return "completed" if group.await_final() else self._broken_up(record)
+        return "completed" if group.await_final() or record.job.pivoted else self._broken_up(record)
 
     @staticmethod
     def _broken_up(record: JobRecord) -> str:
@@ -269,6 +269,8 @@ class JobTable:
         record = self.find(name)
         if record.outcome is not None:
             raise Error(f"job {name!r}: has ended, it can't be cancelled (job-dismiss removes it)")
+        if record.job.pivoted:
+            raise Error(f"job {name!r}: the guest is on {record.target!r} already, the job can't be cancelled (job-finalize ends one that is pending)")
         if not force and record.state == "ready":
             record.job.complete(pivot=False)
             return
@@ -279,7 +281,7 @@ class JobTable:
     def complete(self, name: str) -> None:
         """Have a job that is ready end; refused of every other."""
         record = self.find(name)
-        if record.outcome is not None or record.state != "ready":
+        if record.status != "ready":
             raise Error(f"Job '{name}' in state '{record.status}' cannot accept command verb 'complete'")
         record.job.complete(pivot=True)
 
@@ -311,12 +313,16 @@ class JobTable:
         with self._lock:
             self._records.pop(name, None)
 
-    def close(self) -> None:
-        """Cancel what runs and wait until all of it has ended."""
+    def cancel_all(self) -> None:
+        """Ask all that runs to end."""
         for record in self.all():
             if record.outcome is None:
                 record.group.break_up(record)
                 record.job.cancel()
+
+    def close(self) -> None:
+        """Cancel what runs and wait until all of it has ended."""
+        self.cancel_all()
         for record in self.all():
             if record.thread is not None:
                 record.thread.join()

@@ -84,15 +84,21 @@ class QmpServer:
             except RuntimeError:  # closed in between: nobody is left to hear it
                 pass
 
-    def close(self) -> None:
-        """Let running commands end and their replies go out, then close every session and join the threads."""
+    def close(self, let_go: Callable[[], None] = lambda: None) -> None:
+        """Let running commands end and their replies go out, then close every session and join the threads.
+
+        let_go: called when the sessions are closed; it ends what commands that still run wait for.
+        """
         if self._closed:
             return
         self._closed = True
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._listener.close()
-        self._pool.shutdown()
+        try:
+            let_go()
+        finally:
+            self._pool.shutdown()
 
     def _run(self, ready: threading.Event) -> None:
         asyncio.set_event_loop(self._loop)

@@ -3,13 +3,16 @@
 import random
 import subprocess
 import threading
+from contextlib import contextmanager
 
 import pytest
 
-from fastcbw.errors import Error
+from fastcbw.errors import Error, JobCancelled
 from fastcbw.export.nbd.client import Client
 from fastcbw.jobs import commit
+from fastcbw.jobs.backup import BackupJob
 from fastcbw.jobs.commit import CommitJob
+from fastcbw.qmp import server
 
 K, M = 1 << 10, 1 << 20
 LENGTH = 8 * M
@@ -199,7 +202,7 @@ def test_a_commit_that_is_cancelled_early_leaves_the_overlay_whole(nodes, daemon
     with pytest.raises(Error, match="is kept for job 'j'|not found"):
         execute("block-dirty-bitmap-clear", node="top", name="j.commit")
     execute("job-cancel", id="j")
-    assert outcome(daemon) == "cancelled"
+    assert outcome(daemon) == "cancelled" and "node 'base' is incomplete" in daemon.jobs.find("j").error
     assert daemon.nodes.graph.find("top").device.read(0, LENGTH) == content(nodes)
     assert daemon.nodes.graph.find("base").parents == daemon.nodes.graph.find("top").parents == []
 
@@ -292,3 +295,192 @@ def test_a_bitmap_and_a_snapshot_of_the_base_see_what_is_committed(nodes, daemon
     assert base.snapshots["s"].read(0, LENGTH) == b"\x01" * LENGTH
     assert base.bitmaps["b"].report()["count"] == (64 + 128 + 64) * K        # what lies in the overlay
     execute("fastcbw-snapshot-delete", name="s", disks=["base"])
+
+
+def ready_job(daemon, execute, **more):
+    execute("block-export-add", type="nbd", id="guest", node_name="top", writable=True)
+    execute("block-commit", device="top", job_id="j", auto_dismiss=False, **more)
+    until_ready(execute)
+    return daemon.jobs.find("j")
+
+
+def where(execute):
+    return [export["node-name"] for export in execute("query-block-exports") if export["id"] == "guest"]
+
+
+def until(record, state):
+    while record.status != state:
+        assert record.outcome is None
+
+
+def test_a_commit_whose_guest_is_on_the_base_can_not_be_cancelled(nodes, daemon, execute):
+    record = ready_job(daemon, execute, auto_finalize=False)
+    execute("job-complete", id="j")
+    until(record, "pending")
+    for verb in ({"command": "job-cancel", "id": "j"}, {"command": "block-job-cancel", "device": "j", "force": True}):
+        with pytest.raises(Error, match="the guest is on 'base' already, the job can't be cancelled"):
+            execute(**verb)
+    assert record.status == "pending" and where(execute) == ["base"]
+    execute("job-finalize", id="j")
+    assert outcome(daemon) == "completed"
+
+
+def test_a_commit_whose_guest_is_on_the_base_has_completed_when_the_daemon_ends(nodes, daemon, execute):
+    record = ready_job(daemon, execute, auto_finalize=False)
+    execute("job-complete", id="j")
+    until(record, "pending")
+    daemon.close()
+    assert record.outcome == "completed" and record.error is None
+
+
+def test_nothing_that_can_fail_is_done_to_the_base_once_the_guest_is_there(nodes, daemon, execute):
+    record = ready_job(daemon, execute)
+    alone = record.job._alone
+
+    class Full:
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    @contextmanager
+    def then_full():
+        with alone():
+            yield
+        record.job.base = Full()
+
+    record.job._alone = then_full
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed" and record.error is None and where(execute) == ["base"]
+
+
+@pytest.mark.parametrize("kind", [MemoryError, ValueError, RuntimeError])
+def test_job_complete_tells_whatever_kept_the_guest_from_the_base_and_the_job_goes_on(nodes, daemon, execute, kind):
+    record = ready_job(daemon, execute)
+    alone = record.job._alone
+
+    @contextmanager
+    def fails():
+        with alone():
+            raise kind("no room for a snapshot")
+            yield
+
+    record.job._alone = fails
+    with pytest.raises(Error, match="no room for a snapshot"):
+        execute("job-complete", id="j")
+    assert record.status == "ready" and not record.job.pivoted and where(execute) == ["top"]
+    record.job._alone = alone
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed" and where(execute) == ["base"]
+
+
+def held_in_a_pass(monkeypatch, end):
+    """Have the next pass of a job that is ready call END(job) in place of its work; return what is set when it is there."""
+    inside = threading.Event()
+
+    def copy(self, until=None):
+        inside.set()
+        end(self)
+
+    monkeypatch.setattr(CommitJob, "_left", lambda self: 1)
+    monkeypatch.setattr(CommitJob, "_copy", copy)
+    return inside
+
+
+def test_job_complete_answers_when_the_pass_that_is_under_way_fails(nodes, daemon, execute, monkeypatch):
+    record = ready_job(daemon, execute)
+
+    def fail_once_completing(job):
+        with job._changed:
+            job._changed.wait_for(lambda: job._completing)
+        raise OSError(28, "No space left on device")
+
+    assert held_in_a_pass(monkeypatch, fail_once_completing).wait(30)
+    with pytest.raises(Error, match="No space left on device"):
+        execute("job-complete", id="j")
+    monkeypatch.undo()
+    assert outcome(daemon) == "failed" and "No space left on device" in record.error and where(execute) == ["top"]
+    with pytest.raises(Error, match="has ended"):
+        record.job.complete()
+
+
+def test_a_commit_that_is_paused_is_not_completed_and_one_that_is_being_completed_is_neither_paused_nor_completed_again(nodes, daemon, execute):
+    record = ready_job(daemon, execute)
+    execute("job-pause", id="j")
+    with pytest.raises(Error, match="Job 'j' in state 'standby' cannot accept command verb 'complete'"):
+        execute("job-complete", id="j")
+    with pytest.raises(Error, match="j: is paused"):
+        record.job.complete()
+    execute("job-resume", id="j")
+    alone, refused = record.job._alone, []
+
+    @contextmanager
+    def meanwhile():
+        with alone():
+            for verb in (record.job.pause, record.job.complete, lambda: record.job.complete(pivot=False)):
+                with pytest.raises(Error, match="is being completed") as error:
+                    verb()
+                refused.append(error)
+            yield
+
+    record.job._alone = meanwhile
+    execute("job-complete", id="j")
+    assert outcome(daemon) == "completed" and len(refused) == 3
+
+
+def test_a_commit_that_is_paused_and_cancelled_softly_ends(nodes, daemon, execute):
+    ready_job(daemon, execute)
+    execute("job-pause", id="j")
+    execute("block-job-cancel", device="j")
+    assert outcome(daemon) == "completed" and where(execute) == ["top"]
+
+
+def test_the_daemon_ends_while_a_client_waits_for_a_commit_to_complete(nodes, daemon, execute, monkeypatch):
+    record = ready_job(daemon, execute)
+    monkeypatch.setattr(server, "CLOSE_SECONDS_LIMIT", 0)
+
+    def until_cancelled(job):
+        with job._changed:
+            job._changed.wait_for(lambda: job.cancelled)
+        raise JobCancelled("cancelled")
+
+    assert held_in_a_pass(monkeypatch, until_cancelled).wait(30)
+    answers = []
+
+    def complete():
+        try:
+            answers.append(execute("job-complete", id="j"))
+        except (Error, OSError) as error:
+            answers.append(error)
+
+    waiting = threading.Thread(target=complete)
+    waiting.start()
+    while record.job._completing is None:
+        pass
+    daemon.close()
+    waiting.join(30)
+    assert record.outcome == "cancelled" and isinstance(answers[0], (Error, OSError))
+
+
+def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes, daemon, execute, monkeypatch):
+    record = ready_job(daemon, execute)
+    wait, went_on = BackupJob.wait, []
+
+    def slow(job, timeout=None):
+        if timeout is not None:
+            raise TimeoutError("slow")
+        if job.cancelled:
+            guest.write(5, b"more")
+            assert "j.commit" in record.job.disk.snapshots
+            went_on.append(guest.read(5, 4))
+        return wait(job, timeout)
+
+    with Client(nodes / "nbd", "top") as guest:
+        monkeypatch.setattr(BackupJob, "wait", slow)
+        monkeypatch.setattr(CommitJob, "_left", lambda self: 1)
+        with pytest.raises(Error, match="the last pass did not end within 2 s"):
+            execute("job-complete", id="j")
+        while not went_on:
+            pass
+        monkeypatch.undo()
+        execute("job-complete", id="j")
+        assert outcome(daemon) == "completed" and went_on == [b"more"]
+        assert guest.read(5, 4) == daemon.nodes.graph.find("base").device.read(5, 4) == b"more"
