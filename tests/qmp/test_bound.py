@@ -181,3 +181,19 @@ def test_a_daemon_that_ends_has_nothing_to_undo(daemon, tool):
     daemon.disks["a"].write(0, b"x" * LENGTH)
     tool.execute("transaction", properties=BIND, actions=[
         memory("target", LENGTH), {"type": "blockdev-backup", "data": {"device": "a", "target": "target", "sync": "full", "speed": 1}}])
+
+
+def test_a_disk_error_in_undoing_all_as_one_leaves_what_can_go_alone(daemon, remote, execute, tool):
+    """A cache that can't be written back stays; the rest goes one by one, and the client is done with."""
+    tool.execute("transaction", properties=BIND, actions=[
+        memory("m", LENGTH), memory("alone"),
+        {"type": "blockdev-add", "data": {"driver": "x-fastcbw-fault", "node-name": "bad", "file": "m", "rules": [{"operation": "write"}]}},
+        {"type": "blockdev-add", "data": {"driver": "x-fastcbw-cache", "node-name": "cache", "file": "bad", "size": 1 << 20}}])
+    daemon.nodes.graph.find("cache").device.write(0, b"data" * 1024)
+    tool.close()
+    left = undone(remote)["left-over"]
+    assert {row["what"] for row in left} == {"node 'm'", "node 'bad'", "node 'cache'"} and "alone" not in daemon.nodes.graph.nodes
+    assert [row["why"] for row in left if row["what"] == "node 'cache'"][0].endswith("Input/output error")
+    execute("blockdev-reopen", options=[{"driver": "x-fastcbw-fault", "node-name": "bad"}])
+    for name in ("cache", "bad", "m"):
+        execute("blockdev-del", node_name=name)
