@@ -26,7 +26,7 @@ from fastcbw.cbw.flusher cimport Flusher
 from fastcbw.cbw.intercept cimport FilterDevice
 from fastcbw.cbw.keep cimport keep_counts, keep_drop_range, keep_trim
 from fastcbw.cbw.latency cimport latency_meter
-from fastcbw.cbw.lazy cimport lazy_carry_out
+from fastcbw.cbw.lazy cimport lazy_carry_out, lazy_drop
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX
 from fastcbw.cbw.policy cimport why_text
@@ -255,6 +255,23 @@ cdef class Engine:
             while lazy_carry_out(self.state) or not end_lingering(self.state):
                 sleep_ns(BUSY_POLL_NS)      # claimed just now: by a guest write that cancels it, or the keeper at the same work
 
+    def forget_discards(self, double timeout):
+        """Drop what is recorded of guest discards, which are advisory: when it returns none of them is carried out any more.
+
+        For a guest that is going to write past this engine. Without the control lock. TimeoutError: some were being carried out, or
+        their clusters written to, for longer than TIMEOUT seconds; the others are dropped.
+        """
+        cdef int64_t until = now_ns() + <int64_t>(timeout * 1e9)
+        cdef int64_t busy
+        with nogil:
+            busy = lazy_drop(self.state)
+            while busy and now_ns() < until:
+                sleep_ns(BUSY_POLL_NS)
+                busy = lazy_drop(self.state)
+            wake_keeper(self.state)     # perhaps the last snapshot has ended, and waited for them
+        if busy:
+            raise TimeoutError(f"{self.device.name}: {busy} clusters that the guest has discarded were in use for {timeout:g} s")
+
     cdef int sweep(self) except -1:
         cdef uint64_t freed
         with nogil:
@@ -478,7 +495,7 @@ cdef class Engine:
         """Return guest counters: writes, bytes, touches (with something to preserve), waits, wait_us_max; of guest reads ram_reads and
         ram_read_bytes, what came from RAM.
 
-        Of guest discards, in bytes: lazy_bytes are recorded now; lazy_recorded, lazy_cancelled (by a write), lazy_carried_out and
+        Of guest discards, in bytes: lazy_bytes are recorded now; lazy_recorded, lazy_cancelled (by a write, or forgotten), lazy_carried_out and
         lazy_failed (by the disk; not tried again) since the disk was opened.
         """
         cdef int i

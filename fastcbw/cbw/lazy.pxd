@@ -15,3 +15,5 @@ cdef int guest_discard(EngineState state, int64_t offset, int64_t length, Ticket
 # Carries out what is recorded and needed by no snapshot. Returns how many such clusters were claimed by others just now.
 # Counted in an epoch while the device discards; called with no claim held and not counted, by any thread.
 cdef int64_t lazy_carry_out(EngineState state) noexcept nogil
+# Drops what is recorded, needed or not. Returns how many such clusters were claimed by others just now, to be carried out perhaps.
+cdef int64_t lazy_drop(EngineState state) noexcept nogil

@@ -191,6 +191,29 @@ cdef uint64_t record(EngineState state, Epoch *epoch, int64_t w, uint64_t got, u
     return free
 
 
+# -- dropping
+
+cdef int64_t lazy_drop(EngineState state) noexcept nogil:
+    cdef Ticket ticket = enter(state)
+    cdef Geometry *geometry = ticket.epoch.geometry
+    cdef int64_t cluster, w, busy = 0
+    cdef uint64_t bits, got
+    if geometry != NULL and load_seq(&geometry.lazy_count) != 0:
+        cluster = sparse_next_one(&geometry.lazy, 0, geometry.clusters)
+        while cluster < geometry.clusters:
+            w = cluster // 64
+            bits = load_seq(geometry.lazy.words + w)
+            got = bits & ~or_acquire(geometry.claims + w, bits)
+            if got:
+                # What is not recorded any more is as before the discard: whichever epoch it is, `settled` need not change (no R3).
+                lazy_cancel(state, geometry, w, got)
+                claim_release(geometry, &got, w * 64, 64)
+            busy += popcountll(bits & ~got)
+            cluster = sparse_next_one(&geometry.lazy, (w + 1) * 64, geometry.clusters)
+    leave(ticket)
+    return busy
+
+
 # -- carrying out
 
 cdef int64_t lazy_carry_out(EngineState state) noexcept nogil:

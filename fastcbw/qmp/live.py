@@ -48,6 +48,8 @@ class Live:
         # Exports are above all nodes; what is new has no requests yet.
         changes = sorted(self._changes.values(), key=lambda change: -2 if change.above is None else self._ranks.get(change.above, -1))
         with changed(changes, self._seconds):
+            for change in changes:
+                _forget_discards(change, self._seconds)
             yield
 
     def check_use(self, users: Iterable[tuple[Node, str]]) -> None:
@@ -72,7 +74,7 @@ class Live:
         if self._changes is None:
             if change.device is not change.place.child:
                 with changed([change]):
-                    pass
+                    _forget_discards(change, HOLD_SECONDS)
         elif change.device is change.place.child:
             self._changes.pop(change.place, None)       # there already: an action before this one wanted another
         else:
@@ -163,3 +165,11 @@ class Live:
                 node.options = before_options
 
         return undo
+
+
+def _forget_discards(change: Change, seconds: float) -> None:
+    """Forget what the guest has discarded and the engines that it leaves have recorded: carried out later, it would be carried out over
+    what the guest writes from then on, which these engines do not see."""
+    for node in below(change.before) - below(change.after):
+        if node.base is not None:
+            node.base._engine.forget_discards(seconds)

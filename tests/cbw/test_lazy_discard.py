@@ -93,6 +93,36 @@ def test_write_zeroes_is_a_write_and_reads_as_zeroes(engine):
     assert engine.report("s")["preserved_clusters"] == 1 and lazy(engine) == 0
 
 
+# -- forgetting
+
+
+def test_what_is_forgotten_is_not_carried_out(engine, faults):
+    view = engine.snapshot("s")
+    trim(engine, 0, CLUSTERS)
+    engine.forget_discards(1)
+    assert lazy(engine) == 0 and engine.counters()["lazy_cancelled"] >= LENGTH
+    engine.device.write(7 * K, b"n" * K)
+    trim(engine, 20)                        # recorded anew
+    assert view.read(0, LENGTH) == b"o" * LENGTH and lazy(engine) == 1
+    engine.delete("s")
+    engine.finish_discards()
+    assert below(faults, 0, CLUSTERS) == old(0, 7) + b"n" * K + old(8, 12) + bytes(K) + old(21, CLUSTERS - 21)
+
+
+def test_forgetting_waits_for_what_is_being_carried_out(engine, disk, faults):
+    engine.snapshot("s")
+    trim(engine, 10)
+    trim(engine, 12)
+    with disk.hold("discard", 10 * K, K) as gate:
+        engine.break_snapshot("s")
+        gate.wait_arrived()                 # the keeper is at 10, and has 12 before it
+        with pytest.raises(TimeoutError, match="1 clusters that the guest has discarded were in use for 0.01 s"):
+            engine.forget_discards(0.01)
+        forgetting = Task(engine.forget_discards, 30)
+    forgetting.result()
+    assert lazy(engine) == 0 and below(faults, 10) == bytes(K) and below(faults, 12) == old(12)
+
+
 # -- [M] rules
 
 

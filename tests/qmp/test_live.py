@@ -308,6 +308,42 @@ def test_a_daemon_ends_though_a_job_waits_for_a_throttle(daemon, vm, execute):
     daemon.close()      # in time for the test's end, not in an hour
 
 
+# -- what the guest has discarded
+
+@pytest.mark.parametrize("leave", [
+    [to("disk"), act("blockdev-del", node_name="cbw"), act("blockdev-del", node_name="slow")],
+    [to("disk"), act("blockdev-del", node_name="cbw")]])
+def test_a_discard_that_was_recorded_above_is_not_carried_out_once_the_guest_has_left(daemon, vm, execute, tmp_path, leave):
+    """The engine that recorded it would not see what the guest writes there from now on."""
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    execute("transaction", actions=[act("blockdev-add", **THROTTLE), to("slow")])
+    with Client(tmp_path / "nbd", "vm") as guest:
+        guest.write(0, b"data" * (LENGTH // 4))
+        execute("transaction", actions=[act("blockdev-add", **CBW | {"file": "slow"}), to("cbw")])
+        guest.trim(0, LENGTH // 2)
+        engine = daemon.nodes.graph.find("slow").base._engine
+        assert engine.counters()["lazy_bytes"] == LENGTH // 2
+        execute("transaction", actions=leave)
+        guest.write(0, b"late")
+        if not engine.is_closed:
+            engine.finish_discards()
+        counters = engine.counters()
+        assert (counters["lazy_bytes"], counters["lazy_carried_out"], counters["lazy_cancelled"]) == (0, 0, LENGTH // 2)
+        assert guest.read(0, LENGTH) == b"late" + b"data" * (LENGTH // 4 - 1)
+
+
+def test_a_guest_that_stays_on_its_disk_has_its_discards_carried_out(daemon, vm, execute, tmp_path):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    with Client(tmp_path / "nbd", "vm") as guest:
+        guest.write(0, b"data" * (LENGTH // 4))
+        execute("transaction", actions=[act("blockdev-add", **CBW), to("cbw")])
+        guest.trim(0, LENGTH // 2)
+        execute("transaction", actions=[act("blockdev-add", **THROTTLE | {"file": "cbw"}), to("slow")])
+        execute("transaction", actions=[to("disk"), act("blockdev-del", node_name="slow"), act("blockdev-del", node_name="cbw")])
+        daemon.nodes.graph.find("disk").disk()._engine.finish_discards()
+        assert guest.read(0, LENGTH) == bytes(LENGTH // 2) + b"data" * (LENGTH // 8)
+
+
 # -- what would wait for itself
 
 @pytest.mark.parametrize("replaced", [to("bad", parent="slow", child="file"), act("blockdev-reopen", options=[
