@@ -357,6 +357,8 @@ class Graph:
             for _, needs in known:
                 taken |= needs.taken
                 shared &= needs.shared
+            if node.committed_to is not None and taken & (Permission.CONSISTENT_READ | Permission.WRITE):
+                node.check_content()
             if taken & Permission.WRITE and node.options.get("read-only"):
                 raise Error(f"node '{node.name}' is read-only: {known[0][0].label} needs 'write' on it")
             if any(edge.guards for edge in node.parents):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastcbw.block.switch import SwitchDevice
 from fastcbw.disk import Disk, Snapshot
+from fastcbw.errors import Error
 from fastcbw.graph.permissions import Needs, Permission
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Node:
     server: Any = None                  # of a format that another process reads: that process
     snapshot: Snapshot | None = None    # of a copy-before-write node: what its snapshot-access nodes show
 
+    committed_to: str | None = None     # the node below, in another process, that the guest writes since a commit: no image of any moment
+
     joints: dict[str, SwitchDevice] = field(default_factory=dict)       # by child: where another can be put in its stead, under load
 
     @property
@@ -76,6 +79,12 @@ class Node:
         while node.kind.through is not None:
             node = node.children[node.kind.through].child
         return node
+
+    def check_content(self) -> None:
+        """Error when what the node shows is no image of any moment."""
+        if self.bottom.committed_to is not None:
+            raise Error(f"node '{self.bottom.name}' was committed to node '{self.bottom.committed_to}', which its guest writes: what it shows is "
+                        f"neither the image of then nor that of now (name '{self.bottom.committed_to}', and remove '{self.bottom.name}')")
 
     def disk(self) -> Disk:
         """The live disk at the bottom, with the engine that snapshots of it need; made with the first call."""

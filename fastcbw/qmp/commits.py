@@ -92,7 +92,7 @@ class Commits:
 
     @contextmanager
     def _alone(self, id: str, overlay: Node, base: Node, users: list[User]) -> Iterator[None]:
-        """Hold the exports of OVERLAY, run the block, have them end at BASE; keep others from writing the overlay to the end of the job.
+        """Hold the exports of OVERLAY, run the block, have them end at BASE; nobody may use the overlay from then on.
 
         Error while it is written otherwise than by an export of a node of its own, and while anybody else reads it or a snapshot of it:
         where the overlay has nothing of its own they would read what the guest writes to the base, and no engine sees the two as one
@@ -119,7 +119,8 @@ class Commits:
                     for step in reversed(undo):
                         step()
                     raise
-            users.append(alone)
+            self.graph.detach(alone)
+            overlay.bottom.committed_to = base.name
 
     @staticmethod
     def _check_no_snapshots(overlay: Node) -> None:

@@ -156,6 +156,9 @@ class Daemon:
             check_name(name)
             members = [self.disk(disk) for disk in _distinct(disks)]
             for disk in members:
+                if disk.name in self.nodes.graph.nodes:
+                    self.nodes.graph.nodes[disk.name].check_content()
+            for disk in members:
                 if name in disk.snapshots:
                     raise Error(f"snapshot {disk.name}@{name}: exists already (delete it, or choose another name)")
             snapshots = _take(members, name, options)

@@ -484,3 +484,35 @@ def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes
         execute("job-complete", id="j")
         assert outcome(daemon) == "completed" and went_on == [b"more"]
         assert guest.read(5, 4) == daemon.nodes.graph.find("base").device.read(5, 4) == b"more"
+
+
+def test_the_overlay_can_not_be_used_once_its_guest_is_on_the_base(nodes, daemon, execute):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="copy", size=LENGTH)
+    execute("blockdev-add", driver="x-fastcbw-delay", node_name="slow", file="top")
+    record = ready_job(daemon, execute, auto_finalize=False)
+    execute("job-complete", id="j")
+    words = "node 'top' was committed to node 'base', which its guest writes"
+
+    def all_are_refused():
+        before = execute("fastcbw-graph"), execute("query-block-exports")
+        for command, given in (("block-export-add", {"type": "nbd", "id": "e", "node_name": "top", "name": "e"}),
+                               ("block-export-add", {"type": "nbd", "id": "e", "node_name": "slow", "writable": True}),
+                               ("blockdev-backup", {"device": "top", "target": "copy", "sync": "full", "job_id": "b"}),
+                               ("fastcbw-replace", {"parent": "guest", "node": "top"}),
+                               ("fastcbw-snapshot-create", {"name": "s", "disks": ["top"]}),
+                               ("blockdev-add", {"driver": "copy-before-write", "node_name": "cbw", "file": "top", "target": "copy"})):
+            with pytest.raises(Error, match=words):
+                execute(command, **given)
+        assert (execute("fastcbw-graph"), execute("query-block-exports")) == before
+        assert not daemon.nodes.graph.find("top").disk().snapshots
+
+    until(record, "pending")
+    all_are_refused()
+    execute("job-finalize", id="j")
+    assert outcome(daemon) == "completed"
+    all_are_refused()
+    execute("fastcbw-snapshot-create", name="s", disks=["base"])
+    assert daemon.snapshot("base", "s").read(0, LENGTH) == content(nodes)
+    execute("fastcbw-snapshot-delete", name="s", disks=["base"])
+    for name in ("slow", "top"):
+        execute("blockdev-del", node_name=name)
