@@ -27,6 +27,8 @@ from fastcbw.qmp.nodes import Nodes
 from fastcbw.qmp.server import QmpServer
 from fastcbw.version import __version__
 
+ENDING_SECONDS = 0.5        # how long the end of a snapshot waits for connections that are ending
+
 
 class Daemon:
     """Disks under names, served over NBD and driven over QMP.
@@ -203,7 +205,10 @@ class Daemon:
         for record in self.jobs.all():
             if record.outcome is None and f"{record.disk}@{record.snapshot}" == name:
                 raise Error(f"snapshot {name}: in use by job {record.id} (cancel it, or wait for its end)")
-        holds = snapshot.status().get("holds", 0)
+        # A client that has closed its connection is gone for itself at once, for the server a moment later.
+        end = time.monotonic() + ENDING_SECONDS
+        while (holds := snapshot.status().get("holds", 0)) and time.monotonic() < end:
+            time.sleep(0.005)
         if holds:
             raise Error(f"snapshot {name}: in use by {holds} connection(s) or job(s) (end them first)")
 
