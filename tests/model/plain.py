@@ -106,8 +106,9 @@ class PlainDisk:
             else:
                 self._zero(cluster * size, (cluster + 1) * size)
                 self.recorded.discard(cluster)
-        body = (whole.start * size, min(whole.stop * size, end))
-        parts = [(offset, end)] if body[0] >= body[1] else [(offset, body[0]), body[1:] + (end,)]
+        # Of no whole cluster between them the two parts meet where their clusters do; each goes, or stays, for itself.
+        cuts = (whole.start * size, min(whole.stop * size, end)) if whole else (end // size * size,) * 2
+        parts = [(offset, max(offset, cuts[0])), (max(offset, cuts[1]), end)]
         return [part for part in parts if part[0] < part[1]]
 
     def finish_discards(self) -> None:
