@@ -159,8 +159,6 @@ def _transaction(daemon: Daemon, actions: list, properties: dict | None = None) 
             raise QmpError(f"Parameter '{_BIND}': '{action['type']}' can't be undone when the client has gone (there is {', '.join(_UNDONE)})")
         if action.get("type") == "fastcbw-replace" and isinstance(action.get("data"), dict) and "child" in action["data"]:
             raise QmpError(f"Parameter '{_BIND}': 'fastcbw-replace' of a child can't be undone when the client has gone (of an export it can)")
-        if action.get("type") == "fastcbw-replace" and isinstance(action.get("data"), dict) and "child" in action["data"]:
-            raise QmpError(f"Parameter '{_BIND}': a child that was replaced can't be put back when the client has gone (an export can)")
     transaction_of(daemon, actions, grouped=mode == "grouped", client=client)
 
 
