@@ -12,12 +12,11 @@ from fastcbw.bitmaps.dirty import DirtyWords
 from fastcbw.block.device import BlockDevice
 from fastcbw.cbw.copier import Copier
 from fastcbw.cbw.offload import offload_for
-from fastcbw.cbw.pace import Pace
 from fastcbw.cbw.policies import ORDER_DEFAULT, parse_order
 from fastcbw.cbw.reader import SnapshotDevice
 from fastcbw.errors import JobCancelled, JobFailed
 from fastcbw.jobs.increment import IncrementTarget
-from fastcbw.jobs.job import RUNNING, Job
+from fastcbw.jobs.paced import PacedJob
 from fastcbw.jobs.pacing import TICK_S, Governor, check_guest_p99, check_in_flight, check_rate, check_workers, make_pace
 from fastcbw.jobs.target import Target, is_in_place
 
@@ -26,7 +25,7 @@ _LATER = ("resume", "format", "backing")
 COPIED_GRANULARITY = 4096
 
 
-class BackupJob(Job):
+class BackupJob(PacedJob):
     """Copy SOURCE to TARGET, optionally verify it.
 
     source: a device whose content does not change (a snapshot).
@@ -85,20 +84,14 @@ class BackupJob(Job):
         kind = Target if getattr(source, "bitmap", None) is None else IncrementTarget
         self._target = kind(target, source.length, sources=sources, force=force)
         self._workers, self._in_flight = workers, limit
-        self._paused = False
-        self._pace: Pace | None = None
         self._governor: Governor | None = None
         self._copier = self._make_copier(comparing=False)
         self._verifier: Copier | None = None
 
     def _make_copier(self, comparing: bool) -> Copier:
-        pace = make_pace(self._target.device, self._workers, self._in_flight)
+        pace = self.use_pace(make_pace(self._target.device, self._workers, self._in_flight))
         # A copy that is verified passes through here: what the kernel may have got wrong is not to be compared with itself.
         offload = None if self.verify else offload_for(self.source, self._target.device)
-        with self._lock:
-            self._pace = pace
-            pace.set_rate(self._rate)
-            pace.set_paused(self._paused)
         return Copier(self.source, self._target.device, chunk=pace.piece_max, order="sequential" if comparing else self.order,
                       target_is_zero=self._target.is_zero, comparing=comparing, consuming=self.consume, pace=pace, offload=offload,
                       copied=None if comparing else self._copied)
@@ -174,43 +167,11 @@ class BackupJob(Job):
         if self._verifier is not None:
             self._verifier.cancel()
 
-    def pause(self) -> None:
-        """Begin nothing more until resume(); what is under way ends. Pausing twice is no error."""
-        self._set_paused(True)
-
-    def resume(self) -> None:
-        """Go on."""
-        self._set_paused(False)
-
-    def _set_paused(self, paused: bool) -> None:
-        with self._lock:
-            self._paused = paused
-            self._pace.set_paused(paused)
-
-    @property
-    def paused(self) -> bool:
-        """Whether pause() holds it; one that has ended is not."""
-        return self._paused and self.status == RUNNING
-
-    @property
-    def rate(self) -> int | None:
-        """Bytes a second that the job may move, None for no limit; may be set at any time, as the keyword."""
-        return self._rate or None
-
-    @rate.setter
-    def rate(self, rate: int | str | None) -> None:
-        with self._lock:
-            self._rate = check_rate(rate)
-            self._pace.set_rate(self._rate)
-
     @property
     def pacing(self) -> dict[str, Any]:
-        """How the job is paced now: rate (limit, or None), guest_p99 (target, ms, or None), guest_p99_now (ms of the last second, or
-        None), workers (at work at once), in_flight (bytes, at most)."""
-        status = self._pace.status()
+        """As of every paced job, with the guest's latency."""
         governor = self._governor
-        return {"rate": self.rate, "guest_p99": self.guest_p99, "guest_p99_now": None if governor is None else governor.p99_ms,
-                "workers": status["workers"], "in_flight": status["in_flight"]}
+        return super().pacing | {"guest_p99": self.guest_p99, "guest_p99_now": None if governor is None else governor.p99_ms}
 
     def end(self) -> None:
         if self._on_release is not None:
@@ -228,8 +189,7 @@ class BackupJob(Job):
         if self.verify:
             total *= 2
             done += self._verifier.done if self._verifier is not None else 0
-        elapsed = self.elapsed()
-        return {"done": done, "total": total, "bytes_per_s": int(done / elapsed) if elapsed else 0}
+        return self._describe_progress(done, total)
 
 
 def _check_whole(source: BlockDevice, target: str | os.PathLike | BlockDevice, verify: bool, consume: bool) -> None:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from fastcbw.bitmaps.dirty import DirtyWords
 from fastcbw.block.device import BlockDevice
 from fastcbw.errors import Error, JobCancelled, JobFailed
-from fastcbw.jobs.job import RUNNING, Job
-from fastcbw.jobs.pacing import check_rate, check_workers
+from fastcbw.jobs.paced import PacedJob
+from fastcbw.jobs.pacing import check_workers
 
 if TYPE_CHECKING:
     from fastcbw.jobs.backup import BackupJob
@@ -34,7 +34,7 @@ LAST_SECONDS = 2.0          # so long clients may wait for the last passes
 LOOK_S = 0.1                # how often a job that is ready looks for what the guest has written
 
 
-class CommitJob(Job):
+class CommitJob(PacedJob):
     """Copy what DISK, an overlay, has of its own to BASE, and keep up with its guest until complete().
 
     allocated: asked, once the guest's writes are marked, for what lies in the overlay. on_ready: called once when the job has caught up.
@@ -46,16 +46,14 @@ class CommitJob(Job):
     def __init__(self, disk: Any, base: BlockDevice, allocated: Callable[[], DirtyWords], *, id: str, alone: Callable[[], AbstractContextManager[None]],
                  base_name: str | None = None, rate: int | str | None = None, workers: int | None = None,
                  on_ready: Callable[[], None] = lambda: None, on_release: Callable[[], None] = lambda: None) -> None:
-        super().__init__(id)
+        super().__init__(id, rate)
         self.disk, self.base = disk, base
         self._base_name = base_name or base.name
         self.on_ready = on_ready
         self._allocated, self._alone, self._on_release = allocated, alone, on_release
-        self._rate = check_rate(rate)
         self._workers = None if workers is None else check_workers(workers)
         self._changed = threading.Condition(self._lock)
         self._pass: BackupJob | None = None
-        self._paused = False
         self._completing: str | None = None     # "alone": after last passes beside which nobody writes; "here": as it is
         self._verdict: BaseException | bool | None = None   # of the last complete(): True, or why not
         self._over = False                  # nobody answers complete() any more
@@ -218,14 +216,6 @@ class CommitJob(Job):
         if job is not None:
             job.cancel()
 
-    def pause(self) -> None:
-        """Begin nothing more until resume(). Pausing twice is no error."""
-        self._set_paused(True)
-
-    def resume(self) -> None:
-        """Go on."""
-        self._set_paused(False)
-
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
             if paused and self._completing == "alone" and not self._over:
@@ -236,23 +226,12 @@ class CommitJob(Job):
         if job is not None:
             (job.pause if paused else job.resume)()
 
-    @property
-    def paused(self) -> bool:
-        """Whether pause() holds it; one that has ended is not."""
-        return self._paused and self.status == RUNNING
-
-    @property
-    def rate(self) -> int | None:
-        """Bytes a second that the job may move, None for no limit; may be set at any time, as the keyword."""
-        return self._rate or None
-
-    @rate.setter
-    def rate(self, rate: int | str | None) -> None:
-        self._rate = check_rate(rate)
+    def _set_rate(self, rate: int) -> None:
         with self._lock:
+            self._rate = rate
             job = self._pass
         if job is not None:
-            job.rate = rate
+            job.rate = rate or None
 
     @property
     def pacing(self) -> dict[str, Any]:
@@ -268,5 +247,4 @@ class CommitJob(Job):
             left = self._left()
         except Error:
             left = 0            # it has ended, or is about to
-        elapsed = self.elapsed()
-        return {"done": done, "total": done + left, "bytes_per_s": int(done / elapsed) if elapsed else 0}
+        return self._describe_progress(done, done + left)

@@ -31,7 +31,8 @@ class PreserveJob(PacedJob):
 
     def __init__(self, source: SnapshotDevice, target: BlockDevice, *, broken: Callable[[], str | None], workers: int = 1,
                  rate: int | str | None = None, on_release: Callable[[], None] | None = None, id: str | None = None) -> None:
-        super().__init__(Pace([(check_workers(workers), CHUNK_DEFAULT)]), rate, id)
+        super().__init__(id, rate)
+        self.use_pace(Pace([(check_workers(workers), CHUNK_DEFAULT)]))
         self.source, self.target = source, target
         self._broken, self._on_release = broken, on_release
         self._copier = Copier(source, target, chunk=CHUNK_DEFAULT, watching=True, consuming=True, pace=self._pace)

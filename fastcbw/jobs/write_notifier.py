@@ -30,7 +30,8 @@ class WriteNotifierJob(PacedJob):
             raise ValueError(f"chunk: {self._chunk} is no multiple of the cluster of {notifier.cluster_size} bytes, up to {CHUNK_MAX}")
         if notifier.is_ended:
             raise ValueError(f"{notifier.name}: the backup has ended (make another device)")
-        super().__init__(Pace([(check_workers(workers), self._chunk)]), rate, id)
+        super().__init__(id, rate)
+        self.use_pace(Pace([(check_workers(workers), self._chunk)]))
 
     def start(self) -> WriteNotifierJob:
         """Begin; the point in time is now, unless the notifier has begun already."""
