@@ -21,6 +21,7 @@ EXTENSIONS = [
     "fastcbw.bitmaps.bitmap",
     "fastcbw.bitmaps.dirty",
     "fastcbw.block.device",
+    "fastcbw.block.filter",
     "fastcbw.block.memory",
     "fastcbw.block.threads",
     "fastcbw.block.queue",

@@ -1,7 +1,7 @@
 # CacheDevice: a bounded RAM cache over a device: what was read stays in RAM, what is written goes through it or waits for a flush.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
@@ -23,8 +23,7 @@ cdef struct VectorPlace:
     const iovec *vector
     size_t done                 # bytes of *vector
 
-cdef class CacheDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class CacheDevice(Filter):
     cdef readonly int64_t size          # bytes of RAM
     cdef readonly bint writeback
     cdef CacheSlot *slots               # [slot_count]

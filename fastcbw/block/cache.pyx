@@ -21,7 +21,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
-from fastcbw.block.device cimport BlockDevice, ENGINE_SYNC, ENGINE_THREADS, FUA
+from fastcbw.block.device cimport BlockDevice, FUA
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, load_relaxed
 from fastcbw.sync cimport (cond_init, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_wait, pthread_mutex_destroy,
@@ -78,7 +79,7 @@ cdef void move_on(VectorPlace *place, size_t step) noexcept nogil:
         place.done = 0
 
 
-cdef class CacheDevice(BlockDevice):
+cdef class CacheDevice(Filter):
     """CHILD, with SIZE bytes of RAM in front of it.
 
     size: bytes, from 1 MiB on. writeback: writes wait in RAM for a flush, or for somebody who needs their room; else they go through.
@@ -91,14 +92,10 @@ cdef class CacheDevice(BlockDevice):
         self.size = parse_size(size, "size")
         if not SIZE_MIN <= self.size <= SIZE_MAX:
             raise ValueError(f"size: {self.size} bytes are not within {SIZE_MIN} to {SIZE_MAX}")
-        self.child = child
+        self.stand_on(child, name)
         self.writeback = writeback
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
         self.can_cache = True
-        self.queueable = True
-        self.io_engine = child.io_engine if child.queueable and child.io_engine != ENGINE_SYNC else ENGINE_THREADS
+        self.may_wait_in_threads()
         self.slot_count = self.size >> CACHE_BLOCK_BITS
         self.slots = <CacheSlot *>calloc(self.slot_count, sizeof(CacheSlot))
         self.pages = <char *>map_pages(self.slot_count << CACHE_BLOCK_BITS)
@@ -149,12 +146,6 @@ cdef class CacheDevice(BlockDevice):
         finally:
             self.closed = True
             self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- blocks
 

@@ -1,7 +1,7 @@
 # DelayDevice: a filter that makes requests late, or holds them at a gate. For tests and for the comparison of schemes.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
@@ -19,8 +19,7 @@ cdef struct GateState:      # all of it under DelayDevice.mutex
     int64_t arrived         # requests that came to it while it was held, ever
     int64_t waiting         # requests inside now
 
-cdef class DelayDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class DelayDevice(Filter):
     cdef uint64_t delay_ns[OPERATIONS]      # atomic, relaxed: set live
     cdef uint64_t bytes_per_s               # atomic, relaxed: 0 = no limit
     cdef uint64_t first_byte                # atomic, relaxed: delays apply to requests that touch first_byte..end_byte

@@ -2,12 +2,13 @@ from types import TracebackType
 from typing import Literal
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.filter import Filter
 
 Operation = Literal["read", "write", "zero", "discard", "flush"]
 
 OPERATION_NAMES: tuple[str, ...]
 
-class DelayDevice(BlockDevice):
+class DelayDevice(Filter):
     """A filter that makes requests late, or holds them at a gate."""
 
     @property

@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device import engine_number as _engine_number
 from fastcbw.block.device cimport BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
 from fastcbw.sync cimport (
@@ -43,7 +44,7 @@ def _operation(name):
         raise ValueError(f"operation: {name!r} does not exist (there are {', '.join(OPERATION_NAMES)})") from None
 
 
-cdef class DelayDevice(BlockDevice):
+cdef class DelayDevice(Filter):
     """CHILD, later.
 
     read_ms, write_ms, zero_ms, discard_ms, flush_ms: what each request of that kind waits before it goes to the child.
@@ -57,10 +58,7 @@ cdef class DelayDevice(BlockDevice):
                   bytes_per_s=0, offset=0, length=None, name=None, str io="sync"):
         self.io_engine = _engine_number(io)
         self.queueable = self.io_engine != 0
-        self.child = child
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
+        self.stand_on(child, name)
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.changed)
         self.ready = True
@@ -149,12 +147,6 @@ cdef class DelayDevice(BlockDevice):
         self.closed = True
         self.open_all()
         self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)     # it may know more than the errno
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- data plane
 
@@ -277,9 +269,6 @@ cdef class DelayDevice(BlockDevice):
         code = self.child.sync()
         self.after(FLUSH, 0, self.length)
         return code
-
-    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        return self.child.block_status(offset, length, flags)
 
 
 @cython.no_gc_clear     # __dealloc__ needs the device

@@ -1,7 +1,7 @@
 # FaultDevice: a filter that counts requests and fails those that a rule names. For tests.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_mutex_t
 
@@ -21,8 +21,7 @@ cdef struct RuleState:          # all of it under FaultDevice.mutex
     int64_t left                # matching requests still to fail; -1 = all
     int64_t hits                # requests failed by it
 
-cdef class FaultDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class FaultDevice(Filter):
     cdef uint64_t requests[FAULT_OPERATIONS]        # atomic, relaxed: requests seen, failed ones included
     cdef uint64_t bytes[FAULT_OPERATIONS]           # atomic, relaxed: their lengths
     cdef uint64_t fua_requests                      # atomic, relaxed: write-like requests that had FUA

@@ -2,13 +2,14 @@ from types import TracebackType
 from typing import Literal
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.filter import Filter
 
 Operation = Literal["read", "write", "zero", "discard", "flush", "status"]
 
 RULES_LIMIT: int
 OPERATION_NAMES: tuple[str, ...]
 
-class FaultDevice(BlockDevice):
+class FaultDevice(Filter):
     """A filter that counts requests and fails those that a rule names."""
 
     @property

@@ -11,6 +11,7 @@ import errno as _errno
 
 from fastcbw.block.device import engine_number as _engine_number
 from fastcbw.block.device cimport BlockDevice, ENGINE_SYNC, FUA, IO_READ, IO_SYNC, IO_WRITE, KernelIo
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_relaxed, load_seq, store_relaxed, sub_seq
 from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
@@ -30,17 +31,14 @@ RULES_LIMIT = RULES_MAX
 OPERATION_NAMES = ("read", "write", "zero", "discard", "flush", "status")
 
 
-cdef class FaultDevice(BlockDevice):
+cdef class FaultDevice(Filter):
     """CHILD, failing where told. Closing it closes the child.
 
     io: the engine of queues for this device; None: the child's. Rules that stall do so in the thread of the request.
     """
 
     def __cinit__(self, BlockDevice child not None, *, name=None, io=None):
-        self.child = child
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
+        self.stand_on(child, name)
         self.queueable, self.io_engine, self.always_waits = child.queueable, child.io_engine, child.always_waits
         if io is not None:
             self.io_engine = _engine_number(io)
@@ -124,17 +122,6 @@ cdef class FaultDevice(BlockDevice):
             store_relaxed(&self.requests[i], 0)
             store_relaxed(&self.bytes[i], 0)
         store_relaxed(&self.fua_requests, 0)
-
-    def close(self):
-        """Close the child."""
-        self.closed = True
-        self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)     # it may know more than the errno
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- data plane
 
@@ -262,13 +249,6 @@ cdef class FaultDevice(BlockDevice):
             return False
         self.note(kind, length, flags)
         return True
-
-    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
-                       KernelIo *io, int code) noexcept nogil:
-        return self.child.queue_end(operation, vector, count, offset, length, flags, io, code)
-
-    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
-        self.child.queue_late(operation, io)
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         cdef int code = self.meet(STATUS, offset, length, 0)

@@ -2,12 +2,12 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice, KernelIo
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.queue cimport IoQueue
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_mutex_t
 
-cdef class QueuedDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class QueuedDevice(Filter):
     cdef IoQueue queue
     cdef bint ready
     cdef pthread_mutex_t mutex      # whoever has it owns the queue

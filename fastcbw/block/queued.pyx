@@ -11,22 +11,20 @@ from libc.stdint cimport int64_t, uint64_t
 import os as _os
 
 from fastcbw.block.device cimport (BlockDevice, ENGINE_URING, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, KernelIo, QUEUE_ENDED)
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.queue cimport IoDone, IoQueue
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
-cdef class QueuedDevice(BlockDevice):
+cdef class QueuedDevice(Filter):
     """CHILD, by way of a queue of ENGINE. Closing it closes the queue and the child."""
 
     def __cinit__(self, BlockDevice child not None, str engine):
         self.queue = IoQueue(engine, 4)
         pthread_mutex_init(&self.mutex, NULL)
         self.ready = True
-        self.child = child
-        self.length = child.length
-        self.name = child.name
-        self.read_only = child.read_only
+        self.stand_on(child, None)
 
     def __dealloc__(self):
         if self.ready:
@@ -50,12 +48,6 @@ cdef class QueuedDevice(BlockDevice):
         pthread_mutex_unlock(&self.mutex)
         return code
 
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
-
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
         return self.run(IO_READ, vector, count, offset, length, 0)
 
@@ -70,9 +62,6 @@ cdef class QueuedDevice(BlockDevice):
 
     cdef int sync(self) noexcept nogil:
         return self.run(IO_SYNC, NULL, 0, 0, 0, 0)
-
-    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        return self.child.block_status(offset, length, flags)
 
 
 cdef class HungDevice(BlockDevice):

@@ -1,7 +1,7 @@
 # SwitchDevice: a place where one device can be put in another's stead while requests come in. See switch.pyx.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
@@ -13,8 +13,8 @@ cdef struct SwitchLine:
     uint64_t inflight           # requests begun here less those ended here (atomic, seq_cst)
     uint64_t pad[7]
 
-cdef class SwitchDevice(BlockDevice):
-    cdef readonly BlockDevice child     # changes only while `hold` is set and nothing is in flight
+# Its child changes only while `hold` is set and nothing is in flight.
+cdef class SwitchDevice(Filter):
     cdef SwitchLine *lines              # [SWITCH_LINES]
     cdef uint64_t hold_                 # 1: new requests wait (atomic, seq_cst)
     cdef pthread_mutex_t mutex

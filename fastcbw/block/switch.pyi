@@ -1,9 +1,9 @@
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.filter import Filter
 
-class SwitchDevice(BlockDevice):
+class SwitchDevice(Filter):
     """A place where one device can be put in another's stead while requests come in."""
 
-    child: BlockDevice
     def __init__(self, child: BlockDevice, *, name: str | None = ...) -> None: ...
     def hold(self, timeout: float) -> None: ...
     def check(self, other: BlockDevice) -> None: ...

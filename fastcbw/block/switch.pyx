@@ -15,7 +15,8 @@ from libc.errno cimport EAGAIN, ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from fastcbw.block.device cimport BlockDevice, ENGINE_SYNC, ENGINE_THREADS, KernelIo, QUEUE_NEXT
+from fastcbw.block.device cimport BlockDevice, KernelIo, QUEUE_NEXT
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_seq, load_seq, store_seq, sub_seq
 from fastcbw.sync cimport (
@@ -27,18 +28,14 @@ cdef extern from "threads.h" nogil:
     int thread_slot "fcbw_thread_slot"() noexcept
 
 
-cdef class SwitchDevice(BlockDevice):
+cdef class SwitchDevice(Filter):
     """CHILD, for now. Closing it closes nothing but itself: whose the children are is for who puts them there to know."""
 
     def __cinit__(self, BlockDevice child not None, *, name=None):
-        self.child = child
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
+        self.stand_on(child, name)
         self.can_cache = child.can_cache
         # Another child may wait where this one does not: a queue has threads for that.
-        self.queueable = True
-        self.io_engine = child.io_engine if child.queueable and child.io_engine != ENGINE_SYNC else ENGINE_THREADS
+        self.may_wait_in_threads()
         self.always_waits = child.always_waits
         self.lines = <SwitchLine *>calloc(SWITCH_LINES, sizeof(SwitchLine))
         if self.lines == NULL:
@@ -102,8 +99,9 @@ cdef class SwitchDevice(BlockDevice):
             pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.mutex)
 
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)
+    def close(self):
+        """Take no more requests."""
+        self.closed = True
 
     cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
         """Counted, too, so that the child stays; after a change another one says what the code means, which is of no other kind.
@@ -225,9 +223,6 @@ cdef class SwitchDevice(BlockDevice):
         if what != QUEUE_NEXT:
             self.leave()
         return what
-
-    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
-        self.child.queue_late(operation, io)
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         cdef int64_t got

@@ -1,7 +1,7 @@
 # ThrottleDevice: a filter that lets no more through than its limits, as QEMU's throttle groups count.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
@@ -14,8 +14,7 @@ cdef struct Bucket:
     int64_t burst_ns            # how far due_ns may lie ahead when a request begins: what may come at once, in time
     int64_t due_ns
 
-cdef class ThrottleDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class ThrottleDevice(Filter):
     cdef Bucket average[LIMITS]
     cdef Bucket burst[LIMITS]           # the rate within a burst that may last longer than a second; rate 0: none
     cdef int64_t iops_size              # bytes that count as one request; 0: each counts as one

@@ -10,7 +10,8 @@ writes; flushes are never held. Whoever waits does so in the thread of its reque
 from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from fastcbw.block.device cimport BlockDevice, ENGINE_SYNC, ENGINE_THREADS, IO_READ, IO_SYNC, KernelIo
+from fastcbw.block.device cimport BlockDevice, IO_READ, IO_SYNC, KernelIo
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.atomic cimport add_relaxed, load_relaxed, store_relaxed
 from fastcbw.sync cimport (
@@ -26,7 +27,7 @@ cdef enum:
     FIRST_IOPS = 3
 
 
-cdef class ThrottleDevice(BlockDevice):
+cdef class ThrottleDevice(Filter):
     """CHILD, no faster than its limits.
 
     bps_total, bps_read, bps_write: bytes a second; iops_total, iops_read, iops_write: requests a second; 0 or left out: no limit.
@@ -37,13 +38,9 @@ cdef class ThrottleDevice(BlockDevice):
     """
 
     def __cinit__(self, BlockDevice child not None, *, name=None, **limits):
-        self.child = child
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
+        self.stand_on(child, name)
         self.can_cache = child.can_cache
-        self.queueable = True
-        self.io_engine = child.io_engine if child.queueable and child.io_engine != ENGINE_SYNC else ENGINE_THREADS
+        self.may_wait_in_threads()
         self.always_waits = child.always_waits
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.changed)
@@ -100,12 +97,6 @@ cdef class ThrottleDevice(BlockDevice):
         self.closed = True
         self.set()
         self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- data plane
 
@@ -182,9 +173,6 @@ cdef class ThrottleDevice(BlockDevice):
         self.wait_turn(True, length)
         return self.child.discard_at(offset, length, flags)
 
-    cdef int sync(self) noexcept nogil:
-        return self.child.sync()
-
     cdef bint may_wait(self, int operation) noexcept nogil:
         if operation != IO_SYNC and load_relaxed(&self.read_limited if operation == IO_READ else &self.write_limited):
             return True
@@ -195,16 +183,6 @@ cdef class ThrottleDevice(BlockDevice):
         if operation != IO_SYNC and load_relaxed(&self.read_limited if operation == IO_READ else &self.write_limited):
             return False
         return self.child.queue_begin(operation, vector, count, offset, length, flags, io)
-
-    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
-                       KernelIo *io, int code) noexcept nogil:
-        return self.child.queue_end(operation, vector, count, offset, length, flags, io, code)
-
-    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
-        self.child.queue_late(operation, io)
-
-    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        return self.child.block_status(offset, length, flags)
 
     cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
         return self.child.cache_at(offset, length)

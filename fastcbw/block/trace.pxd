@@ -1,7 +1,7 @@
 # TraceDevice: a filter that writes down what passes. A recorder of what a guest asks of its disk.
 from libc.stdint cimport int64_t, uint32_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport pthread_mutex_t
 
@@ -9,8 +9,7 @@ cdef enum:
     TRACE_BUFFER = 1 << 16      # bytes; written when less than a line is left
     TRACE_LINE_MAX = 96         # bytes of a line at most: three numbers of 20 digits, a word, a 0
 
-cdef class TraceDevice(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class TraceDevice(Filter):
     cdef readonly str path
     cdef int fd                     # of the trace; -1 once stop() has been called. All from here on under mutex
     cdef int64_t begun_ns           # when the first request came; 0: none yet

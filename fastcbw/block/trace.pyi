@@ -1,11 +1,12 @@
 import os
 
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.filter import Filter
 
 HEAD: str
 REQUESTS_LIMIT: int
 
-class TraceDevice(BlockDevice):
+class TraceDevice(Filter):
     """A filter that writes down each request that passes, as text."""
 
     @property

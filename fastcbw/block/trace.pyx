@@ -15,6 +15,7 @@ from libc.stdio cimport snprintf
 import os
 
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
@@ -43,7 +44,7 @@ cdef const char *word_of(int operation) noexcept nogil:
     return "discard" if operation == DISCARD else "flush"
 
 
-cdef class TraceDevice(BlockDevice):
+cdef class TraceDevice(Filter):
     """CHILD, and a new file PATH of what is asked of it, until stop() or REQUESTS of them. Closing it ends the trace and closes the child.
 
     Raises OSError when PATH cannot be made; FileExistsError when there is one.
@@ -53,10 +54,7 @@ cdef class TraceDevice(BlockDevice):
         self.fd = -1
         if not 0 < requests <= REQUESTS_LIMIT:
             raise ValueError(f"requests: {requests} is not within 1 to {REQUESTS_LIMIT}")
-        self.child = child
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
+        self.stand_on(child, name)
         self.queueable, self.io_engine, self.always_waits = child.queueable, child.io_engine, child.always_waits
         self.limit = requests
         self.path = os.fspath(path)
@@ -106,12 +104,6 @@ cdef class TraceDevice(BlockDevice):
         self.closed = True
         self.stop()
         self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)     # it may know more than the errno
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- data plane
 
@@ -175,6 +167,3 @@ cdef class TraceDevice(BlockDevice):
     cdef int sync(self) noexcept nogil:
         self.record(FLUSH, 0, 0)
         return self.child.sync()
-
-    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        return self.child.block_status(offset, length, flags)

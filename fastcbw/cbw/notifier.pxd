@@ -2,6 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.pace cimport Pace
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
@@ -14,8 +15,7 @@ cdef enum:
     COPYING = 1
     ENDED = 2                   # everything is in the target, or it failed: nothing is intercepted any more
 
-cdef class WriteNotifier(BlockDevice):
-    cdef readonly BlockDevice child
+cdef class WriteNotifier(Filter):
     cdef readonly BlockDevice target
     cdef readonly int64_t cluster_size      # bytes
     cdef int cluster_bits

@@ -1,14 +1,14 @@
 from fastcbw.block.device import BlockDevice
+from fastcbw.block.filter import Filter
 from fastcbw.cbw.pace import Pace
 
 POLICIES: tuple[str, ...]
 CLUSTER_MIN: int
 CLUSTER_MAX: int
 
-class WriteNotifier(BlockDevice):
+class WriteNotifier(Filter):
     """The filter of the old backup scheme: what the guest is about to overwrite goes to the backup's target first."""
 
-    child: BlockDevice
     target: BlockDevice
     cluster_size: int
     def __init__(

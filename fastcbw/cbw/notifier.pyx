@@ -26,8 +26,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
-from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, ENGINE_THREADS, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, KernelIo,
+from fastcbw.block.device cimport (BlockDevice, IO_DISCARD, IO_READ, IO_SYNC, IO_WRITE, IO_ZERO, KernelIo,
                                    MAY_UNMAP)
+from fastcbw.block.filter cimport Filter
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.pace cimport Pace
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, fence_acquire, fence_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
@@ -49,7 +50,7 @@ cdef int64_t PIECE_BYTES = 1 << 20      # of a copy at once
 CLUSTER_MIN, CLUSTER_MAX = 4096, 1 << 20
 
 
-cdef class WriteNotifier(BlockDevice):
+cdef class WriteNotifier(Filter):
     """CHILD, whose content at begin() ends up in TARGET: the guest writes through this device, WriteNotifierJob copies the rest.
 
     target: a device at least as long as CHILD; it is the caller's, as is CHILD, until close(), which closes CHILD only.
@@ -71,20 +72,16 @@ cdef class WriteNotifier(BlockDevice):
             raise ValueError(f"target {target.name}: its {target.length} bytes are less than the disk's {child.length}")
         if target.read_only:
             raise ValueError(f"target {target.name}: is read-only")
-        self.child = child
+        self.stand_on(child, name)
         self.target = target
         self.cluster_size = size
         self.cluster_bits = size.bit_length() - 1
         self.clusters = (child.length + size - 1) // size
         self.guest_first = on_cbw_error == "break-snapshot"
-        self.length = child.length
-        self.name = child.name if name is None else name
-        self.read_only = child.read_only
         self.can_cache = child.can_cache
         self.always_waits = child.always_waits
         # A write may wait for the target: a queue has it done by a thread, whatever the child is.
-        self.queueable = True
-        self.io_engine = child.io_engine if child.queueable and child.io_engine != ENGINE_SYNC else ENGINE_THREADS
+        self.may_wait_in_threads()
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.changed)
         self.ready = True
@@ -203,12 +200,6 @@ cdef class WriteNotifier(BlockDevice):
         self.end()
         self.closed = True
         self.child.close()
-
-    cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1:
-        return self.child.fail(code, operation, offset, length)
-
-    cdef int explain(self, int code, char *text, size_t size) noexcept nogil:
-        return self.child.explain(code, text, size)
 
     # -- guest writes
 
@@ -475,9 +466,6 @@ cdef class WriteNotifier(BlockDevice):
             self.leave()
         return code
 
-    cdef int sync(self) noexcept nogil:
-        return self.child.sync()
-
     cdef bint may_wait(self, int operation) noexcept nogil:
         if operation in (IO_WRITE, IO_ZERO, IO_DISCARD) and load_seq(&self.state) == COPYING:
             return True
@@ -489,16 +477,6 @@ cdef class WriteNotifier(BlockDevice):
         if operation != IO_READ and operation != IO_SYNC:
             return False
         return self.child.queue_begin(operation, vector, count, offset, length, flags, io)
-
-    cdef int queue_end(self, int operation, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags,
-                       KernelIo *io, int code) noexcept nogil:
-        return self.child.queue_end(operation, vector, count, offset, length, flags, io, code)
-
-    cdef void queue_late(self, int operation, KernelIo *io) noexcept nogil:
-        self.child.queue_late(operation, io)
-
-    cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
-        return self.child.block_status(offset, length, flags)
 
     cdef int cache_at(self, int64_t offset, int64_t length) noexcept nogil:
         return self.child.cache_at(offset, length)
