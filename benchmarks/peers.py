@@ -226,15 +226,18 @@ def program(name: str, package: str) -> str:
 
 
 class Fio:
-    """fio's nbd engine against URI, begun now. finish() waits for it and returns iops, p50_us, p99_us, p999_us.
+    """fio's nbd engine against URI, begun now; without URI its io_uring engine, on a file that EXTRA names.
+
+    finish() waits for it and returns iops, p50_us, p99_us, p999_us.
 
     seconds: how long; None: as many requests as EXTRA says. rate: requests a second to ask for, None: all it can.
     """
 
-    def __init__(self, uri: str, *, cpu: int | None, rw: str, bs: str, depth: int, seconds: float | None = None,
+    def __init__(self, uri: str | None, *, cpu: int | None, rw: str, bs: str, depth: int, seconds: float | None = None,
                  rate: int | None = None, extra: list[str] = ()):
         words = [] if cpu is None else ["taskset", "-c", str(cpu)]
-        words += [program("fio", "fio"), "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
+        engine = ["--ioengine=io_uring"] if uri is None else ["--ioengine=nbd", f"--uri={uri}"]
+        words += [program("fio", "fio"), "--name=load", *engine, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
                   "--randseed=20240229", "--output-format=json", *extra]
         if seconds is not None:
             words += ["--time_based", f"--runtime={seconds}"]
@@ -256,7 +259,7 @@ class Fio:
                 "p999_us": percentile["99.900000"] / 1000}
 
 
-def fio(uri: str, **words) -> dict:
+def fio(uri: str | None, **words) -> dict:
     """Run Fio to its end."""
     return Fio(uri, **words).finish()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+
+from fastcbw.export.nbd.client import Client
 from peers import Nbdkit, Ours, Peer, Qemu, fio
 
 from rows import Bench, Goal, Measured, Row
@@ -32,6 +35,37 @@ def touching(bench: Bench, bs: str, depth: int, settled: bool = False):
     return load
 
 
+def warm(bench: Bench) -> Row:
+    """First touch where the memory of old data is populated already.
+
+    Ours: the first half of the disk was touched and discarded on the snapshot, so that its slots are free; the second half is measured. QEMU: the
+    target is a file whose pages are there.
+    """
+    half = bench.size["image"] // 2
+    count = min(bench.size["touches"], half // 65536)
+
+    def touch(peer: Peer, offset: int) -> Measured:
+        words = [f"--number_ios={count}", f"--offset={offset}", f"--size={half}"]
+        return fio(peer.uri(), cpu=bench.load_cpu, rw="randwrite", bs="64k", depth=16, extra=words)
+
+    def ours() -> Measured:
+        with Ours(bench.image(), bench.folder, bench.server_cpu, snapshot=RAM | {"export": "discard"}) as peer:
+            touch(peer, 0)
+            with Client(peer.socket, peer.snapshot_export) as client:
+                for offset in range(0, half, 32 << 20):
+                    client.trim(offset, min(32 << 20, half - offset))
+            return touch(peer, half), peer.settings
+
+    def qemu() -> Measured:
+        target = bench.fresh("target.img", length=0)
+        shutil.copyfile(bench.image(), target)
+        with Qemu(bench.image(), bench.folder, bench.server_cpu, target) as peer:
+            touch(peer, 0)
+            return touch(peer, half), peer.settings
+    return Row("first touch 64k qd16, warm", {"fastcbw": ours, "qemu": qemu}, [Goal("iops", "qemu", at_least=2.3)],
+               memory=bench.size["image"] + (1 << 29))
+
+
 def rows(bench: Bench) -> list[Row]:
     def ours(load, on_disk=False, **words):
         return lambda: measure(Ours(bench.image(on_disk), bench.folder, bench.server_cpu, direct=on_disk, **words), load)
@@ -42,6 +76,14 @@ def rows(bench: Bench) -> list[Row]:
 
     def nbdkit(load):
         return lambda: measure(Nbdkit(bench.image(), bench.folder, bench.server_cpu), load)
+
+    def bare(rw):
+        """fio's own io_uring engine on the file: what the device does, on the server's processor."""
+        def side() -> Measured:
+            figures = fio(None, cpu=bench.server_cpu, rw=rw, bs="4k", depth=16, seconds=bench.size["seconds"],
+                          extra=[f"--filename={bench.image(True)}", "--direct=1"])
+            return figures, {"cache": "direct, io_uring"}
+        return side
 
     def plain(rw, bs, depth, goals=(), spin=None):
         load = timed(bench, rw, bs, depth)
@@ -70,13 +112,18 @@ def rows(bench: Bench) -> list[Row]:
         touch("4k", 1, [Goal("iops", "qemu", at_least=2, pinned=True)]),
         touch("4k", 1, [Goal("iops", "qemu", at_least=4, pinned=True)], spin="20"),
         touch("64k", 16, [Goal("iops", "qemu", at_least=1.8)]),
+        warm(bench),
         touch("64k", 1),
+        Row("first touch 4k qd16, by our cluster size",
+            {f"fastcbw {size}": ours(once, snapshot=RAM | {"cluster_size": size}) for size in ("4K", "16K", "64K")}, [],
+            memory=bench.size["image"] + (1 << 29)),
         touch("4k", 16, cluster="64K"),
         touch("4k", 1, cluster="64K"),
         touch("64k", 16, cluster="64K"),
         Row("disk, direct: first touch 4k qd16",
             {"fastcbw": ours(once, True, snapshot=RAM), "qemu": qemu(once, True), "fastcbw plain": ours(once, True),
-             "qemu plain": qemu(once, True, cbw=False), "fastcbw settled": ours(again, True, snapshot=RAM)},
+             "qemu plain": qemu(once, True, cbw=False), "fastcbw settled": ours(again, True, snapshot=RAM),
+             "bare writes": bare("randwrite"), "bare reads and writes": bare("randrw")},
             [Goal("iops", "qemu", at_least=2.7), Goal("iops", "fastcbw plain", at_least=0.55),
              Goal("iops", "qemu plain", at_least=1.2, of="fastcbw plain")]),
         Row("disk, direct: first touch 4k qd1", {"fastcbw": ours(touching(bench, "4k", 1), True, snapshot=RAM),

@@ -7,7 +7,7 @@ from fastcbw.block.sys cimport iovec
 cdef class FileDevice(BlockDevice):
     cdef int fd                     # -1 once closed; the image locks lie on it
     cdef readonly str path
-    cdef bint in_memory             # tmpfs or ramfs: a read never waits for a device
+    cdef readonly bint in_memory    # tmpfs or ramfs: a read never waits for a device
     cdef int64_t sector             # zeroing and discarding go by this many bytes: 1 for a regular file
     # What the file system was found to lack, 0 or 1; only ever set, relaxed (a late reader asks the kernel once more)
     cdef uint32_t lacks_punch

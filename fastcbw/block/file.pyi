@@ -7,6 +7,8 @@ class FileDevice(BlockDevice):
 
     @property
     def path(self) -> str: ...
+    @property
+    def in_memory(self) -> bool: ...
     def __init__(
         self,
         path: str | bytes | os.PathLike[str],

@@ -90,8 +90,10 @@ class BackupJob(PacedJob):
 
     def _make_copier(self, comparing: bool) -> Copier:
         pace = self.use_pace(make_pace(self._target.device, self._workers, self._in_flight))
-        # A copy that is verified passes through here: what the kernel may have got wrong is not to be compared with itself.
-        offload = None if self.verify else offload_for(self.source, self._target.device)
+        # A copy that is verified passes through here: what the kernel may have got wrong is not to be compared with itself. Two workers of
+        # ours, on two processors, are faster than the kernel's copy, one of which a target does at a time.
+        by_kernel = not self.verify and (self._workers is not None or pace.workers_max == 1)
+        offload = offload_for(self.source, self._target.device) if by_kernel else None
         return Copier(self.source, self._target.device, chunk=pace.piece_max, order="sequential" if comparing else self.order,
                       target_is_zero=self._target.is_zero, comparing=comparing, consuming=self.consume, pace=pace, offload=offload,
                       copied=None if comparing else self._copied)

@@ -21,6 +21,7 @@ CHUNK_MIN = 4096
 CHUNK_DEFAULT = 256 << 10   # as fast as larger ones on tmpfs, and a guest waits for less of it
 CHUNK_MAX = 1 << 20
 IN_FLIGHT_DEFAULT = 16 << 20
+MEMORY_PAIR = (2, 1 << 20)  # to a file in memory, whose lock lets one write at a time: the other worker reads meanwhile
 
 TICK_S = 0.1                # how often the guest is looked at
 WINDOW_TICKS = 10           # what the p99 that is shown is taken over
@@ -43,6 +44,8 @@ def make_pace(target: BlockDevice, workers: int | None, in_flight: int | None) -
             return Pace([(workers, CHUNK_DEFAULT)])
         return Pace([(workers, _chunk_for(in_flight, workers))])
     limit = IN_FLIGHT_DEFAULT if in_flight is None else in_flight
+    if isinstance(target, FileDevice) and target.in_memory and len(os.sched_getaffinity(0)) > 1 and limit >= math.prod(MEMORY_PAIR):
+        return Pace([MEMORY_PAIR])
     piece = min(CHUNK_DEFAULT, _chunk_for(limit, 1))
     levels = [(1, small) for small in (64 << 10, 128 << 10) if small < piece]
     first = len(levels)

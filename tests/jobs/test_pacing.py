@@ -1,5 +1,7 @@
 """Rate, pause, bytes in flight and the guest's share of a job."""
 
+import pathlib
+import tempfile
 import threading
 import time
 
@@ -119,6 +121,29 @@ def test_what_is_in_flight_has_a_limit():
         assert status["workers"] == 1 and status["in_flight"] <= limit
         assert pace.workers_max * K <= limit and pace.workers_max <= 16
     assert make_pace(MemoryDevice(K), 5, 100 * K).status()["in_flight"] == 100 * K
+
+
+@pytest.fixture
+def tmpfs():
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fastcbw-test-") as path:
+        yield pathlib.Path(path)
+
+
+@pytest.mark.parametrize("processors, options, workers, by_kernel", [
+    ({0}, {}, 1, True), ({0, 1}, {}, 2, False), ({0, 1, 2, 3}, {}, 2, False), ({0, 1}, {"workers": 1}, 1, True), ({0, 1}, {"in_flight": "1M"}, None, None),
+    ({0, 1}, {"verify": True}, 2, False)])
+def test_to_a_file_in_memory_two_workers_copy_or_the_kernel_does(tmpfs, monkeypatch, processors, options, workers, by_kernel):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: processors)
+    source = tmpfs / "disk.img"
+    source.write_bytes(bytes(range(1, 251)) * 4096)
+    with fastcbw.open(source, name="disk") as disk:
+        job = disk.snapshot("s").backup(tmpfs / "backup.img", **options)
+        copied_by_kernel = job._copier.offload is not None
+        pacing = job.pacing
+        job.wait()
+    if workers is not None:
+        assert (pacing["workers"], copied_by_kernel) == (workers, by_kernel)
+    assert pacing["in_flight"] <= 2 * MIB and (tmpfs / "backup.img").read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("levels, first", [([], 0), ([(0, K)], 0), ([(1, 100)], 0), ([(1, K)], 1), ([(1, K)] * 33, 0)])
