@@ -59,6 +59,7 @@ EXTENSIONS = [
     "fastcbw.cbw.dirty",
     "fastcbw.cbw.pace",
     "fastcbw.cbw.notifier",
+    "fastcbw.cbw.landed",
     "fastcbw.cbw.offload",
     "fastcbw.cbw.kinds",
     "fastcbw.cbw.heat",

@@ -128,7 +128,8 @@ class Disk:
         ram="256M", spill=None (folder), spill_limit=None, on_full="break-snapshot", on_cbw_error="break-snapshot",
         cbw_timeout=5000 (milliseconds), copy_on_read=False, export="ro" ("discard", "read-once"), durability="none"; bitmap=None (a dirty bitmap: only what it marks is
         preserved and readable), new_bitmap=None (the name of a bitmap that starts, empty, at the same instant),
-        new_bitmap_granularity=None (default: that of `bitmap`, or 64K).
+        new_bitmap_granularity=None (default: that of `bitmap`, or 64K). in_place=False; True: old data goes to the device `spill` at the disk's
+        own offsets, and a backup to that device copies the rest.
         Raises ValueError, TypeError, Error, LimitReached, OSError, MemoryError; then nothing has changed.
         """
         return _take([self], name, options)[0]

@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from fastcbw.bitmaps.dirty cimport DirtyWords
 from fastcbw.block.device cimport BlockDevice
+from fastcbw.cbw.landed cimport Landed
 from fastcbw.cbw.offload cimport Behind, Offload
 from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
@@ -31,6 +32,7 @@ cdef class Copier:
     cdef SnapshotDevice consuming       # what is in the target is dropped from it; or None
     cdef bint comparing                 # compare instead of copy
     cdef readonly Pace pace             # how many workers, how large steps, how fast
+    cdef Landed landed                  # what guest writes have put into the target is not copied; or None
     cdef readonly Offload offload       # the kernel copies from file to file; None where it does not
     cdef Order order                    # hands out the pieces
     cdef pthread_mutex_t lock           # over the first error
@@ -38,6 +40,7 @@ cdef class Copier:
     cdef uint64_t done_bytes            # of the source's length: copied, skipped or compared
     cdef uint64_t data_bytes            # written to the target, or compared
     cdef uint64_t zero_bytes            # found to be zeroes
+    cdef uint64_t landed_bytes          # of done_bytes, not copied: in the target already
     cdef uint64_t cancelled
     cdef uint64_t failed                # 1 when the first error was noted
     cdef int error_code

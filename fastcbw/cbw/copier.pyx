@@ -19,6 +19,7 @@ from libc.string cimport memcmp
 from fastcbw.bitmaps.dirty cimport DirtyWords, dirty_mark
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice, MAY_UNMAP, STATUS_ZERO
+from fastcbw.cbw.landed cimport Landed
 from fastcbw.cbw.offload cimport OFFLOAD_LACKING, Behind, Offload
 from fastcbw.cbw.order cimport Order, Piece
 from fastcbw.cbw.pace cimport Pace
@@ -28,6 +29,7 @@ from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_seq, store_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background, sleep_ns
 
+from fastcbw.cbw.landed import landed_for
 from fastcbw.cbw.offload import behind_for
 
 cdef enum:
@@ -58,7 +60,7 @@ cdef class Copier:
     target reads as zero now. comparing: read both and report the first difference as an error. pace: default: every worker, chunk bytes
     a step. offload: of offload_for(); digests and comparing want the data to pass through here. copied: words in which whole granules
     are marked when they are in the target. watching: copy of a snapshot what guest writes have preserved, as they go on, until
-    finish(); order is then nobody's choice.
+    finish(); order is then nobody's choice. What guest writes have put into the target, where SOURCE's store lies in place there, is not copied.
     Call run() in as many threads as shall work; when all have returned, look at `error`.
     """
 
@@ -76,7 +78,8 @@ cdef class Copier:
         self.comparing = comparing
         self.copied = copied
         self.pace = Pace([(WORKERS_UNBOUND, chunk)]) if pace is None else pace
-        self.offload = None if comparing else offload
+        self.landed = None if comparing else landed_for(source, target)
+        self.offload = None if comparing or self.landed is not None else offload
         self.watching = watching
         self.order = Order(source, "disk-early" if watching else order, chunk=chunk, stored_only=watching)
         if consuming and (comparing or not isinstance(source, SnapshotDevice)):
@@ -128,17 +131,26 @@ cdef class Copier:
         """Do a piece, in steps as the pace has them. Not 0: it failed, which is noted, or was cancelled."""
         cdef Piece step
         cdef int64_t at = 0
+        cdef bint landed = False
         cdef int code
         step.zero = piece.zero
         while at < piece.length:
             step.offset = piece.offset + at
             step.length = piece.length - at
-            if not piece.zero:          # zeroes move no data
+            if self.landed is not None and not piece.zero:
+                step.length = self.landed.there(step.offset, piece.length - at)
+                landed = step.length != 0
+                if not landed:
+                    step.length = max(1, self.landed.missing(step.offset, piece.length - at))
+            if not piece.zero and not landed:           # these move no data
                 step.length = self.pace.step(step.length)
                 if step.length == 0:
                     return -EINTR
             if self.comparing:
                 code = self.compare_piece(&step, buffer, other)
+            elif landed:
+                code = 0
+                add_seq(&self.landed_bytes, <uint64_t>step.length)
             else:
                 code = self.copy_piece(&step, buffer)
                 if code == 0 and behind is not None and not piece.zero:
@@ -151,7 +163,7 @@ cdef class Copier:
                 self.consume(&step)
             if self.copied is not None:
                 self.note_copied(&step)
-            if not piece.zero:
+            if not piece.zero and not landed:
                 self.pace.moved(step.length)
             add_seq(&self.done_bytes, <uint64_t>step.length)
             at += step.length
@@ -367,8 +379,9 @@ cdef class Copier:
         return load_seq(&self.done_bytes) + load_seq(&self.order.skipped)
 
     def counters(self):
-        """Return done, data (written or compared) and zero, in bytes."""
-        return {"done": self.done, "data": load_seq(&self.data_bytes), "zero": load_seq(&self.zero_bytes)}
+        """Return done, data (written or compared), zero, and landed (guest writes had put it into the target), in bytes."""
+        return {"done": self.done, "data": load_seq(&self.data_bytes), "zero": load_seq(&self.zero_bytes),
+                "landed": load_seq(&self.landed_bytes)}
 
     @property
     def error(self):

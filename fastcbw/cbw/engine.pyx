@@ -143,13 +143,25 @@ cdef class Engine:
         # The options were checked against the cluster size they name; the live snapshots may have fixed a larger one.
         if options.ram and not 1 <= options.ram >> bits <= SLOTS_MAX:
             raise ValueError(f"ram: {options.ram} bytes are not between one cluster of {1 << bits} bytes and 2^26 of them")
-        if options.spill is not None and options.spill_limit < SEGMENT_HEADER + (1 << bits):
+        if options.in_place:
+            self.check_in_place(options.spill)
+        elif options.spill is not None and options.spill_limit < SEGMENT_HEADER + (1 << bits):
             raise ValueError(f"spill_limit: {options.spill_limit} is less than a header and one cluster, {SEGMENT_HEADER + (1 << bits)} bytes")
         if options.spill is self.device or options.spill is self.state.child:
             raise ValueError(f"spill: {self.device.name}: is the disk itself (name another device, or a folder)")
         if isinstance(options.spill, BlockDevice) and is_spill_in_use(options.spill):
             raise Error(f"spill: {options.spill.name}: is the disk tier of another snapshot (each needs its own device; a folder is shared)")
         return bits
+
+    cdef int check_in_place(self, BlockDevice target) except -1:
+        """Why old data can't lie in TARGET at its own offsets."""
+        if target.length < self.state.length:
+            raise ValueError(f"spill: {target.name}: its {target.length} bytes are less than the disk's {self.state.length} (in place each cluster "
+                             "lies at its own offset)")
+        for name, snapshot in self.snapshots.items():
+            if not (<SnapshotDevice>snapshot).retired:      # it would come to need what lies in the backup, and outlive it there
+                raise Error(f"{self.device.name}: a snapshot in place has to be the oldest one, and there is {name!r} (delete that first)")
+        return 0
 
     cdef object prepare(self, str name, options, Creation *creation):
         """Allocate all that a snapshot needs; nothing is visible yet. Return the DirtyWords it is made of, or None.
@@ -176,7 +188,8 @@ cdef class Engine:
         else:
             geometry = geometry_new(self.state.length, bits)
         if geometry != NULL:
-            store = store_new(index, (<int64_t>1) << bits, options.ram, log, options.spill_limit, &self.state.room)
+            store = store_new(index, (<int64_t>1) << bits, options.ram, log, options.spill_limit, self.state.length if options.in_place else 0,
+                              &self.state.room)
             if store != NULL:
                 snap = snap_new(self.state, geometry, store, self.next_id)
             creation.settled = <uint64_t *>map_pages(bitmap_bytes(geometry.clusters))
@@ -324,6 +337,8 @@ cdef class Engine:
                                    "snapshot has (the memory of the machine, or what its limit was when it was taken)")
             if spill_limit is not None and store.log == NULL:
                 raise ValueError(f"spill_limit: {spill_limit}: the snapshot has no disk tier (name one when it is taken)")
+            if spill_limit is not None and store.in_place:
+                raise ValueError(f"spill_limit: {spill_limit}: old data lies in place, in room of the disk's length")
             if spill_limit is not None and segments < 1:
                 raise ValueError(f"spill_limit: {spill_limit} is less than one segment of its log, {segment_bytes(store)} bytes")
             if segments > store.positions_limit // max(store.segment_clusters, 1):
@@ -346,6 +361,14 @@ cdef class Engine:
             if on_cbw_error is not None:
                 store_relaxed(&snapshot.snap.on_cbw_error, _POLICIES[on_cbw_error])
             room_changed(&self.state.room)
+
+    def tier_is_quiet(self, device):
+        """Whether no copy to DEVICE, a snapshot's disk tier, is under way or hangs, and none from it."""
+        with self.control:
+            return not any(log is device and self.pins_of(index) for index, (log, _) in self.logs.items())
+
+    cdef uint64_t pins_of(self, int index):
+        return load_seq(&self.state.stores[index].pins) if self.state.stores[index] != NULL else 0
 
     def consumer_begin(self, SnapshotDevice snapshot not None):
         """From here on somebody discards of SNAPSHOT what it has read: to wait for room makes sense. Undone by consumer_end."""
@@ -581,7 +604,7 @@ cdef class Engine:
                 if load_seq(&store.log_error):
                     facts["disk_error"] = os.strerror(load_seq(&store.log_error))
                 rate = rate_now(&store.filling)
-                if rate > 0:
+                if rate > 0 and not store.in_place:         # which is never full
                     facts["seconds_to_full"] = round(store_room(store, True) / rate, 1)
             return facts
 
@@ -731,6 +754,7 @@ def take_snapshots(engines, name, options):
             device = _make_device(engine, creations[i].snap, name)
             device.bitmap, device.bitmap_name = frozen[i], None if frozen[i] is None else options[i].bitmap
             device.export = options[i].export
+            device.in_place = options[i].spill if options[i].in_place else None
             engine.snapshots[name] = device
             devices.append(device)
         return devices
@@ -745,6 +769,7 @@ cdef SnapshotDevice _make_device(Engine engine, Snap *snap, name):
     device.engine = engine
     device.snap = snap
     device.cluster_bits = snap.geometry.cluster_bits
+    device.store_index = snap.store.index
     device.length = engine.state.length
     device.queueable, device.io_engine = engine.device.queueable, engine.device.io_engine
     device.can_cache = snap.store.slots_limit > 0

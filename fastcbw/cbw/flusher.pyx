@@ -32,7 +32,7 @@ from fastcbw.cbw.keep cimport keep_is_clean, keep_make_room
 from fastcbw.cbw.locmap cimport disk_word, map_get, map_place, ram_word
 from fastcbw.cbw.room cimport Room, room_changed
 from fastcbw.cbw.state cimport EngineState, Epoch, Geometry, Snap, Ticket, claim_release, enter, leave, summary_set
-from fastcbw.cbw.store cimport (Store, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_oldest)
+from fastcbw.cbw.store cimport (Store, log_place, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_oldest)
 from fastcbw.kernels.atomic cimport add32_seq, add_relaxed, add_seq, load_seq, or_acquire, store_relaxed, store_release, store_seq, sub_seq
 from fastcbw.sync cimport (cond_wait_until, give_way, now_ns, pthread_cond_signal, pthread_cond_wait, pthread_mutex_lock,
                            pthread_mutex_unlock, sleep_ns)
@@ -224,11 +224,13 @@ cdef class Flusher:
         cdef Snap *snap
         cdef int64_t i, cluster
         cdef int64_t moved = 0
+        cdef int64_t position
         cdef uint64_t bit, word
         cdef bint switched
         for i in range(batch.count - 1, -1, -1):        # from the last on, so that places given back can be taken again
             cluster = batch.clusters[i]
             bit = (<uint64_t>1) << (cluster % 64)
+            position = log_place(store, batch.position + i, cluster)
             switched = False
             if code == 0:
                 ticket = enter(self.state)
@@ -236,7 +238,7 @@ cdef class Flusher:
                 if geometry != NULL and not or_acquire(geometry.claims + cluster // 64, bit) & bit:
                     snap = holder(ticket.epoch, cluster, ram_word(store.index, batch.slots[i], batch.generations[i]))
                     if snap != NULL and snap.id == batch.snapshots[i]:                  # still == w [M]
-                        word = disk_word(store.index, batch.position + i)
+                        word = disk_word(store.index, position)
                         store_release(map_place(&snap.map, cluster), word)
                         summary_set(snap, cluster, word)
                         store_relaxed(&self.state.word_gone, ticket.epoch.number)
@@ -247,7 +249,7 @@ cdef class Flusher:
                 slot_unref(store, batch.slots[i])       # the map's
                 moved += 1
             else:
-                log_untake(store, batch.position + i)
+                log_untake(store, position)
             slot_unref(store, batch.slots[i])           # ours
         add_relaxed(&store.flushed, <uint64_t>moved)
         return moved

@@ -47,7 +47,8 @@ class SnapshotOptions:
     """What a snapshot is taken with. Bytes and milliseconds.
 
     cluster_size None: that of the disk's live snapshots, or the default. spill: a folder, or a BlockDevice to keep the
-    disk tier's log on (it is the caller's, and must outlive the snapshot).
+    disk tier's log on (it is the caller's, and must outlive the snapshot). in_place: no log: each cluster's old data goes to that device at
+    the disk's own offset, so that a backup to it copies the rest only.
     """
 
     cluster_size: int | None = None
@@ -64,6 +65,7 @@ class SnapshotOptions:
     on_full: str = "break-snapshot"
     on_cbw_error: str = "break-snapshot"
     copy_on_read: bool = False
+    in_place: bool = False
 
     @classmethod
     def parse(
@@ -77,6 +79,7 @@ class SnapshotOptions:
         on_cbw_error: str = "break-snapshot",
         cbw_timeout: int = CBW_TIMEOUT_MS_DEFAULT,
         copy_on_read: bool = False,
+        in_place: bool = False,
         export: str = "ro",
         durability: str = "none",
         bitmap: str | None = None,
@@ -93,7 +96,7 @@ class SnapshotOptions:
             raise TypeError(f"snapshot: unknown option {option!r}")
         size = None if cluster_size is None else _check_cluster_size(cluster_size)
         room = _parse_ram(ram, size or CLUSTER_SIZE_DEFAULT)
-        folder, limit = _parse_spill(spill, spill_limit, size or CLUSTER_SIZE_DEFAULT)
+        folder, limit = _parse_in_place(spill, spill_limit) if in_place else _parse_spill(spill, spill_limit, size or CLUSTER_SIZE_DEFAULT)
         if room == 0 and limit == 0:
             raise ValueError(f"ram: {ram!r} and no spill: the snapshot would have no store at all (give one of the two room)")
         if isinstance(cbw_timeout, bool) or not isinstance(cbw_timeout, int):
@@ -104,7 +107,7 @@ class SnapshotOptions:
             raise TypeError(f"copy_on_read: expected a bool, got {type(copy_on_read).__name__}")
         if copy_on_read and room == 0:
             raise ValueError(f"copy_on_read: True without a RAM tier: it never leaves anything elsewhere (give ram, not {ram!r})")
-        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, on_full=on_full, on_cbw_error=on_cbw_error, export=export,
+        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, in_place=bool(in_place), on_full=on_full, on_cbw_error=on_cbw_error, export=export,
                    whole=whole, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 
@@ -170,6 +173,16 @@ def _parse_spill(spill: object, limit: int | str | None, cluster_size: int) -> t
     if size < least:
         raise ValueError(f"spill_limit: {limit!r} is less than a header and one cluster, {least} bytes")
     return where, size
+
+
+def _parse_in_place(target: object, limit: object) -> tuple[BlockDevice, int]:
+    if not isinstance(target, BlockDevice):
+        raise ValueError(f"in_place: True, and spill is {target!r} (name the device that is to be the backup)")
+    if limit is not None:
+        raise ValueError(f"spill_limit: {limit!r}: old data in place takes room of the disk's length")
+    if target.read_only:
+        raise ValueError(f"spill: {target.name}: is read-only")
+    return target, target.length
 
 
 def _free_bytes(folder: str) -> int:

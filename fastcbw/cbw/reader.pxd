@@ -20,6 +20,8 @@ cdef class SnapshotDevice(BlockDevice):
     cdef readonly str bitmap_name
     cdef readonly str export            # what exports of it let their clients do: "ro", "discard", "read-once"
     cdef readonly bint retired          # the engine has unlinked it (control)
+    cdef readonly BlockDevice in_place  # what its store keeps old data on, each cluster at the disk's own offset; or None
+    cdef int store_index                # its store's, as location words have it
 
     # NOWAIT: -EAGAIN, with anything in BUFFER, instead of waiting for a device
     cdef int read_pieces(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil

@@ -4,6 +4,7 @@ from fastcbw.block.device import BlockDevice
 class SnapshotDevice(BlockDevice):
     cluster_bits: int
     retired: bool
+    in_place: BlockDevice | None
     bitmap: DirtyWords | None
     bitmap_name: str | None
     @property

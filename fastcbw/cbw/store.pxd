@@ -72,6 +72,8 @@ cdef struct Store:
     int64_t positions_limit # end of the log
     int64_t head            # next position; one that a word has named is never reused
     int64_t log_used        # clusters that a word names, or will
+    bint in_place           # no log: a cluster's position is its number, its data lies at the disk's own offset
+    int64_t disk_bytes      # in place: where the disk ends, within its last cluster
     # flusher
     uint64_t transits       # +1 when a batch takes log positions, +1 when its slots are free; odd: both are taken (atomic)
     uint64_t flushed        # clusters that were moved to the log (atomic counter)
@@ -79,7 +81,9 @@ cdef struct Store:
     int64_t retry_ns        # not to be tried again before; the flusher's
     int64_t backoff_ns
 
-cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, Room *room) noexcept nogil
+# in_place_bytes: 0, or the length of the disk, whose clusters lie on LOG at their own offsets; then LOG_BYTES says nothing.
+cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, int64_t in_place_bytes,
+                      Room *room) noexcept nogil
 cdef void store_free(Store *store) noexcept nogil
 # RAM: up to COUNT slots into slots[]; how many there were. Contents are undefined, refs 1, generation bumped.
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil
@@ -94,7 +98,7 @@ cdef int64_t slots_oldest(Store *store, int64_t *slots, int64_t *clusters, uint3
 # Sets the limit of RAM; memory that is free above it goes back to the system. What is used above it goes as it is freed.
 cdef void slots_set_limit(Store *store, int64_t limit) noexcept nogil
 cdef int64_t store_room(Store *store, bint with_log) noexcept nogil     # clusters that could be taken now
-# Disk: up to COUNT consecutive positions; how many (0: full), *first the first. A run never spans a segment.
+# Disk: up to COUNT consecutive positions; how many (0: full), *first the first. A run never spans a segment. In place: COUNT, see log_place.
 cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogil
 cdef void log_give_back(Store *store, int64_t position) noexcept nogil
 # The same of a position that no word has named: the last one taken is there to be taken again. From the last to the first.
@@ -110,6 +114,10 @@ cdef int log_write_slots(Store *store, int64_t position, const int64_t *slots, c
 cdef int log_read(Store *store, int64_t position, void *data) noexcept nogil        # one cluster; -EIO when its crc is wrong
 # Drops what WORD names (RAM slot or log record; nothing for ZERO).
 cdef void store_drop(Store *store, uint64_t word) noexcept nogil
+
+cdef inline int64_t log_place(const Store *store, int64_t position, int64_t cluster) noexcept nogil:
+    # Where CLUSTER goes for which POSITION was taken.
+    return cluster if store.in_place else position
 
 cdef inline int64_t high_water(const Store *store) noexcept nogil:
     # Slots used above which the flusher works ...

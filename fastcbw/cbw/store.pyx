@@ -13,6 +13,10 @@ has named is never used again; a segment whose last cluster was dropped is given
 snapshot, CRC-32C) are kept in memory in the layout that the segment's header has on disk; writing the headers comes with
 recovery, since a log that nobody reads after a crash needs none.
 
+In place. Where the disk tier is to be a backup's target there is no log: each cluster's data lies at its own offset in it, position and
+number are the same, nothing is ever given back to the file system, and room there always is. What is written there a second time, by a
+copier that reads this snapshot for that very target, is the same data.
+
 Both limits are hard: slots_take and log_take give less than was asked, and never wait. Who frees room wakes those that wait
 for it (cbw/room); what comes into the list above the RAM tier's high-water mark wakes the flusher.
 """
@@ -20,6 +24,7 @@ for it (cbw/room); what comes into the list above the RAM tier's high-water mark
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 from cpython.ref cimport PyObject
 
 from fastcbw.bitmaps.mapping cimport forget_pages, map_pages, memory_bytes, populate_pages, unmap_pages
@@ -42,8 +47,9 @@ cdef int FORGET_SLOTS = 64
 cdef int64_t LOG_TURNOVER = 64          # a log may be written through this many times its limit
 
 
-cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, Room *room) noexcept nogil:
-    """A store with room for RAM_BYTES / cluster slots and a log of at most LOG_BYTES on disk; NULL without memory."""
+cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, int64_t in_place_bytes,
+                      Room *room) noexcept nogil:
+    """A store with room for RAM_BYTES / cluster slots and a log of at most LOG_BYTES on disk, or the whole disk in place; NULL without memory."""
     cdef Store *store = <Store *>calloc(1, sizeof(Store))
     cdef bint ok = True
     if store == NULL:
@@ -61,16 +67,13 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
     ok = reserve(store)
     if log != NULL:
         store.log = log
-        store.segment_clusters = (log_bytes - SEGMENT_HEADER) // cluster_bytes
-        if store.segment_clusters > SEGMENT_CLUSTERS_MAX:
-            store.segment_clusters = SEGMENT_CLUSTERS_MAX
-        # Segments of about 1 MiB, whatever the cluster, so that space comes back in useful pieces.
-        while store.segment_clusters > 1 and store.segment_clusters * cluster_bytes >= (2 << 20):
-            store.segment_clusters //= 2
-        store.segments_limit = log_bytes // segment_bytes(store)
-        store.positions_limit = (<BlockDevice>log).length // segment_bytes(store)
-        if store.positions_limit > store.segments_limit * LOG_TURNOVER:
-            store.positions_limit = store.segments_limit * LOG_TURNOVER
+        if in_place_bytes:
+            store.in_place = True
+            store.disk_bytes = in_place_bytes
+            store.segment_clusters = (in_place_bytes + cluster_bytes - 1) // cluster_bytes      # all of it is one segment, never given back
+            store.segments_limit = store.positions_limit = 1
+        else:
+            log_layout(store, log_bytes)
         store.live = <uint32_t *>map_pages(store.positions_limit * 4)
         store.positions_limit *= store.segment_clusters
         store.descriptors = <Descriptor *>map_pages(store.positions_limit * <int64_t>sizeof(Descriptor))
@@ -79,6 +82,20 @@ cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObj
         store_free(store)
         return NULL
     return store
+
+
+cdef void log_layout(Store *store, int64_t log_bytes) noexcept nogil:
+    """Segments, and how many of them; positions_limit counts segments here."""
+    store.segment_clusters = (log_bytes - SEGMENT_HEADER) // store.cluster_bytes
+    if store.segment_clusters > SEGMENT_CLUSTERS_MAX:
+        store.segment_clusters = SEGMENT_CLUSTERS_MAX
+    # Segments of about 1 MiB, whatever the cluster, so that space comes back in useful pieces.
+    while store.segment_clusters > 1 and store.segment_clusters * store.cluster_bytes >= (2 << 20):
+        store.segment_clusters //= 2
+    store.segments_limit = log_bytes // segment_bytes(store)
+    store.positions_limit = (<BlockDevice>store.log).length // segment_bytes(store)
+    if store.positions_limit > store.segments_limit * LOG_TURNOVER:
+        store.positions_limit = store.segments_limit * LOG_TURNOVER
 
 
 cdef bint reserve(Store *store) noexcept nogil:
@@ -315,7 +332,9 @@ cdef int64_t store_room(Store *store, bint with_log) noexcept nogil:
     room = store.slots_limit - store.slots_used
     if room < 0:
         room = 0
-    if with_log and store.log != NULL and store.head < store.positions_limit and store.segments_used <= store.segments_limit:
+    if store.in_place and with_log:
+        room += store.positions_limit - store.log_used
+    elif with_log and store.log != NULL and store.head < store.positions_limit and store.segments_used <= store.segments_limit:
         if store.head % store.segment_clusters:
             room += store.segment_clusters - store.head % store.segment_clusters
         if store.segments_used < store.segments_limit:
@@ -327,8 +346,18 @@ cdef int64_t store_room(Store *store, bint with_log) noexcept nogil:
 # -- disk tier
 
 cdef int64_t log_offset(const Store *store, int64_t position) noexcept nogil:
+    if store.in_place:
+        return position * store.cluster_bytes
     return (position // store.segment_clusters * segment_bytes(store) + SEGMENT_HEADER
             + position % store.segment_clusters * store.cluster_bytes)
+
+
+cdef int64_t log_length(const Store *store, int64_t position, int64_t count) noexcept nogil:
+    """Bytes of COUNT clusters on the device: in place the last one ends where the disk does."""
+    cdef int64_t length = count * store.cluster_bytes
+    if store.in_place and length > store.disk_bytes - position * store.cluster_bytes:
+        length = store.disk_bytes - position * store.cluster_bytes
+    return length
 
 
 cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogil:
@@ -337,6 +366,11 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
     if store.log == NULL:
         return 0
     pthread_mutex_lock(&store.lock)
+    if store.in_place:          # there is always room: each cluster has its own place
+        store.log_used += count
+        rate_note(&store.filling, count)
+        pthread_mutex_unlock(&store.lock)
+        return count
     if store.segments_used > store.segments_limit:      # a limit that shrank
         pthread_mutex_unlock(&store.lock)
         return 0
@@ -361,10 +395,13 @@ cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
     cdef int64_t segment = position // store.segment_clusters
     cdef bint empty, ask
     pthread_mutex_lock(&store.lock)
-    check(store.live[segment] > 0, "a log record is freed once")
-    store.live[segment] -= 1
+    check(store.log_used > 0 and (store.in_place or store.live[segment] > 0), "a log record is freed once")
     store.log_used -= 1
     rate_note(&store.filling, -1)
+    if store.in_place:          # what is there stays: it is the backup's
+        pthread_mutex_unlock(&store.lock)
+        return
+    store.live[segment] -= 1
     # The segment that is being appended to stays, even when nothing in it is live just now.
     empty = store.live[segment] == 0 and store.head >= (segment + 1) * store.segment_clusters
     pthread_mutex_unlock(&store.lock)
@@ -383,7 +420,7 @@ cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
 cdef void log_untake(Store *store, int64_t position) noexcept nogil:
     cdef bint last
     pthread_mutex_lock(&store.lock)
-    last = position == store.head - 1
+    last = not store.in_place and position == store.head - 1
     if last:
         store.head = position
         store.live[position // store.segment_clusters] -= 1
@@ -413,32 +450,55 @@ cdef int log_write(Store *store, int64_t position, const void *data, int64_t cou
         store.descriptors[position + i].cluster = <uint64_t>(cluster + i)
         store.descriptors[position + i].snapshot = <uint32_t>snapshot
         store.descriptors[position + i].crc = crc32c(0, <const char *>data + i * store.cluster_bytes, store.cluster_bytes)
-    return (<BlockDevice>store.log).pwrite(data, log_offset(store, position), count * store.cluster_bytes, 0)
+    return (<BlockDevice>store.log).pwrite(data, log_offset(store, position), log_length(store, position, count), 0)
 
 
 cdef int log_write_slots(Store *store, int64_t position, const int64_t *slots, const int64_t *clusters, const uint64_t *snapshots,
                          int64_t count) noexcept nogil:
+    cdef int64_t begin, i = 0
+    cdef int code
+    if not store.in_place:
+        return write_slots(store, position, slots, clusters, snapshots, count)
+    while i < count:            # each run of neighbours to its own place
+        begin = i
+        i += 1
+        while i < count and clusters[i] == clusters[i - 1] + 1:
+            i += 1
+        code = write_slots(store, clusters[begin], slots + begin, clusters + begin, snapshots + begin, i - begin)
+        if code:
+            return code
+    return 0
+
+
+cdef int write_slots(Store *store, int64_t position, const int64_t *slots, const int64_t *clusters, const uint64_t *snapshots,
+                     int64_t count) noexcept nogil:
     cdef iovec vector[SEGMENT_CLUSTERS_MAX]
     cdef Descriptor *descriptor
-    cdef int64_t i
+    cdef int64_t i, bytes
+    cdef int64_t left = log_length(store, position, count)
+    cdef int64_t length = left
     cdef int vectors = 0
     for i in range(count):
         descriptor = &store.descriptors[position + i]
         descriptor.cluster = <uint64_t>clusters[i]
         descriptor.snapshot = <uint32_t>snapshots[i]
         descriptor.crc = crc32c(0, slot_data(store, slots[i]), store.cluster_bytes)
+        bytes = min(left, store.cluster_bytes)
+        left -= bytes
         if vectors and slot_data(store, slots[i]) == <char *>vector[vectors - 1].iov_base + vector[vectors - 1].iov_len:
-            vector[vectors - 1].iov_len += <size_t>store.cluster_bytes
+            vector[vectors - 1].iov_len += <size_t>bytes
         else:
             vector[vectors].iov_base = slot_data(store, slots[i])
-            vector[vectors].iov_len = <size_t>store.cluster_bytes
+            vector[vectors].iov_len = <size_t>bytes
             vectors += 1
-    return (<BlockDevice>store.log).pwritev(vector, vectors, log_offset(store, position), count * store.cluster_bytes, 0)
+    return (<BlockDevice>store.log).pwritev(vector, vectors, log_offset(store, position), length, 0)
 
 
 cdef int log_read(Store *store, int64_t position, void *data) noexcept nogil:
     cdef uint32_t crc = store.descriptors[position].crc
-    cdef int code = (<BlockDevice>store.log).pread(data, log_offset(store, position), store.cluster_bytes)
+    cdef int64_t length = log_length(store, position, 1)
+    cdef int code = (<BlockDevice>store.log).pread(data, log_offset(store, position), length)
+    memset(<char *>data + length, 0, <size_t>(store.cluster_bytes - length))
     if code == 0 and crc32c(0, data, store.cluster_bytes) != crc:
         return -EIO
     return code

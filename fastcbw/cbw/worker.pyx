@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memset
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.state cimport (WHY_FULL, WHY_SOURCE, WHY_STORE, claim_release, geometry_ref, geometry_unref, snap_ref, snap_unref)
-from fastcbw.cbw.store cimport Store, log_take, log_untake, log_write, slot_data, slot_unref
+from fastcbw.cbw.store cimport Store, log_place, log_take, log_untake, log_write, slot_data, slot_unref
 from fastcbw.kernels.atomic cimport add_seq, load_seq, sub_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -127,7 +127,7 @@ cdef int take_room(Copy *copy) noexcept nogil:
                 copy.why = WHY_FULL
                 copy.error_offset = item.cluster * store.cluster_bytes
                 return -ENOSPC
-        item.position = position
+        item.position = log_place(store, position, item.cluster)
         position += 1
         got -= 1
         left -= 1

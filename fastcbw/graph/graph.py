@@ -258,14 +258,15 @@ class Graph:
 
     # -- those who use nodes
 
-    def attach(self, label: str, uses: Iterable[tuple[Node, str, str, Needs]], *, guarded: Node | None = None) -> User:
+    def attach(self, label: str, uses: Iterable[tuple[Node, str, str, Needs]], *, guarded: Node | None = None,
+               beside: Node | None = None) -> User:
         """Let a parent that is no node use nodes: (node, name, role, needs) each. Error on a conflict; then nothing changed.
 
-        guarded: one of them that is live, and below which nobody may write but through it.
+        guarded: one of them that is live, and below which nobody may write but through it. beside: a node whose store, in place, is the target.
         """
         user = User(label)
         for node, name, role, needs in uses:
-            node.parents.append(Edge(user, node, name, role, needs, guards=node is guarded))
+            node.parents.append(Edge(user, node, name, role, needs, guards=node is guarded, beside=beside if role == "target" else None))
         try:
             self._refresh()
         except Error:

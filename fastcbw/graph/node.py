@@ -34,10 +34,15 @@ class Edge:
     role: str
     needs: Needs = NOTHING
     guards: bool = False        # whoever writes below CHILD must write through it
+    beside: Node | None = None  # of a job: the node whose store is CHILD, in place, and gets the same from it as from the job
 
     @property
     def label(self) -> str:
         return self.parent.label
+
+    def is_beside(self, other: Edge) -> bool:
+        """Whether OTHER is the edge of the store that this one completes."""
+        return self.beside is not None and self.beside is other.parent and other.role == "store"
 
 
 @dataclass(eq=False)

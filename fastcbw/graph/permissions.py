@@ -46,10 +46,13 @@ TARGET = Needs(Permission.WRITE, Permission.NONE)
 
 
 class Side(Protocol):
-    """One edge, as far as a conflict concerns it: who is above (`label`), and under which name it has the node."""
+    """One edge, as far as a conflict concerns it: who is above (`label`), under which name it has the node, whom it goes with."""
 
     label: str
     name: str
+
+    def is_beside(self, other: Side) -> bool:
+        """Whether this one writes what OTHER writes, so that their permissions need not agree."""
 
 
 def check(node: str, edges: Sequence[tuple[Side, Needs]]) -> None:
@@ -57,7 +60,7 @@ def check(node: str, edges: Sequence[tuple[Side, Needs]]) -> None:
     for one, mine in edges:
         for other, theirs in edges:
             refused = mine.taken & ~theirs.shared
-            if one is not other and refused:
+            if one is not other and refused and not one.is_beside(other) and not other.is_beside(one):
                 words = ", ".join(refused.words)
                 raise Error(f"{one.label} needs '{words}' on node '{node}' as '{one.name}': conflicts with use by {other.label} "
                             f"as '{other.name}', which does not allow '{words}' on it")

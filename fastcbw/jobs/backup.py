@@ -135,7 +135,7 @@ class BackupJob(PacedJob):
             self._work(self._verifier, "verify")
         counters = self._copier.counters()
         self._target.complete()
-        self.result = {"bytes": self.source.length, "data_bytes": counters["data"], "zero_bytes": counters["zero"],
+        self.result = {"bytes": self.source.length, "data_bytes": counters["data"], "zero_bytes": counters["zero"], "landed_bytes": counters["landed"],
                        "verified": self.verify, "seconds": self.elapsed()}
 
     def _work(self, copier: Copier, what: str) -> None:

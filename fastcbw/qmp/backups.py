@@ -20,7 +20,9 @@ from fastcbw.disk import Disk, Snapshot, group
 from fastcbw.errors import Error
 from fastcbw.graph.allocation import GRANULARITY, allocated, backing_of, server_of
 from fastcbw.graph.graph import Graph
+from fastcbw.graph.kinds.copy_before_write import is_in_place
 from fastcbw.graph.kinds.foreign import QemuNbd
+from fastcbw.graph.kinds.snapshot_access import SnapshotAccess
 from fastcbw.graph.live import HOLD_SECONDS
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import READER, TARGET
@@ -75,12 +77,15 @@ class Backups:
             layer = None
         if layer is not None and bitmap is not None:
             raise Error("bitmap: with sync 'top' of an image with a backing file is not built yet (take sync 'full')")
+        if options.get("consume") and source.kind.live:
+            raise Error(f"Parameter 'discard-source': node '{device}' is a live disk (name a node that shows a snapshot)")
         notifies = self._is_own_target(source, destination)
         if notifies and (sync not in ("full", "top") or bitmap is not None):
             raise Error(f"node '{device}': the old scheme knows sync full without a bitmap (name the disk below it for '{sync}')")
         # The target of a write notifier is its own already.
         uses = [(source, "source", "source", READER), *([] if notifies else [(destination, "target", "target", TARGET)])]
-        user = self.graph.attach(f"job '{id}'", uses, guarded=source if source.kind.live else None)
+        user = self.graph.attach(f"job '{id}'", uses, guarded=source if source.kind.live else None,
+                                 beside=self._store_below(source, destination))
         try:
             id = self.daemon.jobs.reserve(id)
         except BaseException:
@@ -109,6 +114,12 @@ class Backups:
     def _is_own_target(source: Node, target: Node) -> bool:
         """Whether SOURCE is a write notifier with that TARGET: any other target is served from a snapshot of what it shows."""
         return isinstance(source.device, WriteNotifier) and source.children["target"].child is target
+
+    @staticmethod
+    def _store_below(source: Node, target: Node) -> Node | None:
+        """Return the copy-before-write node whose snapshot SOURCE shows, and which keeps old data in place in TARGET; None when there is none."""
+        below = source.children["file"].child if isinstance(source.kind, SnapshotAccess) else None
+        return below if below is not None and is_in_place(below) and below.children["target"].child is target else None
 
     def start(self, backups: list[Backup], *, grouped: bool = False) -> list[JobRecord]:
         """Begin all of BACKUPS, those of live disks at one instant; or none, and an error. grouped: they complete together."""

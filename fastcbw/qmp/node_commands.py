@@ -94,6 +94,8 @@ def _do_backup(daemon: Daemon, backups: list[Backup], device: str, target: str, 
             raise QmpError(f"Parameter 'x-perf.{name}' is unexpected")
         if name == "max-workers":
             options["workers"] = value
+    if options.pop("discard_source", False):
+        options["consume"] = True
     backups.append(daemon.nodes.backups.prepare(device, target, sync, **options))
 
 
@@ -133,6 +135,7 @@ _ACTIONS = Schema([
         Argument("on-target-error", "str", "report"),
         Argument("auto-finalize", "bool", "the job ends when its work is done (default true), else it is pending until job-finalize"),
         Argument("auto-dismiss", "bool", "the job is forgotten when it has ended (default true)"),
+        Argument("discard-source", "bool", "drop from the snapshot what is copied (default false)"),
         Argument("x-perf", "object", "max-workers; use-copy-range and max-chunk are chosen here"))),
     *BITMAP_ACTIONS,
 ])
