@@ -227,6 +227,10 @@ class Disk:
             self._child.close()
         _open_disks.discard(self)
 
+    def leave_open(self) -> None:
+        """Forget the disk as it is, at the end of a process: a job's device does not answer, and close() would wait for it."""
+        _open_disks.discard(self)
+
     def __enter__(self) -> Disk:
         return self
 

@@ -7,7 +7,7 @@ are the control plane's and O(nodes); the caller serialises them (the daemon's l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -244,11 +244,18 @@ class Graph:
             edge.child.parents.remove(edge)
         node.children.clear()
 
-    def close(self) -> None:
-        """Close every node, parents before children; the first error is raised after all were tried."""
+    def close(self, keep: Collection[Node] = ()) -> None:
+        """Close every node, parents before children; the first error is raised after all were tried. KEEP: nodes that somebody still uses,
+        with all that is below them: they are left open, for the end of the process."""
         first: Exception | None = None
         while self.nodes:
             node = next(node for node in self.nodes.values() if not any(isinstance(edge.parent, Node) for edge in node.parents))
+            if node in keep:
+                del self.nodes[node.name]
+                self._unlink(node)
+                if node.base is not None:
+                    node.base.leave_open()
+                continue
             try:
                 self._close(node)
             except Exception as error:

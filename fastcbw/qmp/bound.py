@@ -27,6 +27,7 @@ log = logging.getLogger("fastcbw.qmp")
 
 #: Of what is left over so many are named in the event; all are in the status.
 TOLD = 32
+POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -106,7 +107,8 @@ class Bound:
             self.daemon.jobs.cancel(record.id)
         except Error:
             pass            # it has ended
-        record.thread.join()
+        while record.thread.is_alive() and not self.daemon.is_closing:      # which bounds it itself
+            record.thread.join(POLL_SECONDS)
         try:
             if self.daemon.jobs.find(record.id) is record:
                 self.daemon.jobs.dismiss(record.id)

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from fastcbw.block.image import same_image
 from fastcbw.cbw.options import check_name
-from fastcbw.disk import group
+from fastcbw.disk import Disk, group
 from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import Listener, listen_unix
 from fastcbw.export.nbd.server import Server
@@ -303,17 +303,19 @@ class Daemon:
     def close(self) -> None:
         """Answer the QMP clients, cancel the jobs, end the connections, close disks with their snapshots, remove the sockets.
 
-        Every step runs even when one before it failed; the first error is raised at the end.
+        Every step runs even when one before it failed; the first error is raised at the end. Jobs whose devices do not answer are left
+        behind after a bounded time, and what they use is left open.
         """
         if self._closed:
             return
         self._closed = True
         steps = [lambda: self.qmp.close(self._let_go)] if self.qmp is not None else []  # first: nobody may begin anything any more
-        steps += [self.nodes.let_go, self.jobs.close, self.latencies.close]
+        left: list[JobRecord] = []      # jobs whose devices do not answer: what they use stays open
+        steps += [self.nodes.let_go, lambda: left.extend(self.jobs.close(self.nodes.give_up)), self.latencies.close]
         if self.nbd is not None:
             steps.append(self.nbd.close)
-        steps.append(self.nodes.close)
-        steps += [disk.close for disk in self.disks.values()]
+        steps.append(lambda: self.nodes.close(left))
+        steps += [lambda disk=disk: self._close_disk(disk, left) for disk in self.disks.values()]
         first = None
         for step in steps:
             try:
@@ -322,6 +324,18 @@ class Daemon:
                 first = first or error
         if first is not None:
             raise first
+
+    @staticmethod
+    def _close_disk(disk: Disk, left: list[JobRecord]) -> None:
+        if any(disk.name == record.disk for record in left):
+            disk.leave_open()
+        else:
+            disk.close()
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
 
     def _let_go(self) -> None:
         """End what a command may wait for: a job that it completes, and what that waits for in a node."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from fastcbw.errors import Error, JobCancelled, LimitReached
@@ -21,6 +22,8 @@ log = logging.getLogger("fastcbw.jobs")
 JOBS_RUNNING_LIMIT = 64
 #: Ended jobs that nobody dismissed; the oldest goes when one more ends.
 JOBS_CONCLUDED_LIMIT = 64
+#: How long close() waits for jobs to end before it gives up what they wait for.
+END_SECONDS = 5.0
 
 
 class JobGroup:
@@ -320,9 +323,26 @@ class JobTable:
                 record.group.break_up(record)
                 record.job.cancel()
 
-    def close(self) -> None:
-        """Cancel what runs and wait until all of it has ended."""
+    def close(self, give_up: Callable[[str], None] = lambda node: None) -> list[JobRecord]:
+        """Cancel what runs and wait until all of it has ended. Return what has not, since its devices do not answer.
+
+        give_up: called with the name of a job's target, and then of its source, when the job has not ended END_SECONDS after what came
+        before: it ends what these do not answer. The thread of a job that is returned is left behind; it keeps no process from ending.
+        """
         self.cancel_all()
-        for record in self.all():
-            if record.thread is not None:
-                record.thread.join()
+        left = self._join()
+        for name in ("target", "disk"):
+            for record in left:
+                give_up(getattr(record, name))
+            left = self._join() if left else []
+        for record in left:
+            log.warning("job %s: does not end, since its devices do not answer; it is left behind", record.id)
+        return left
+
+    def _join(self) -> list[JobRecord]:
+        """Wait for the threads of all jobs, END_SECONDS in all; return the jobs of those that have not ended."""
+        until = time.monotonic() + END_SECONDS
+        threads = [(record, record.thread) for record in self.all() if record.thread is not None]
+        for _, thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return [record for record, thread in threads if thread.is_alive()]

@@ -5,7 +5,7 @@ Names, arguments, defaults and texts are those of QEMU's storage daemon; docs/qm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastcbw.block.switch import SwitchDevice
@@ -13,7 +13,7 @@ from fastcbw.disk import Disk
 from fastcbw.errors import Error
 from fastcbw.export.nbd.dirty import PREFIX
 from fastcbw.export.nbd.listen import listen_tcp, listen_unix
-from fastcbw.graph.graph import Graph
+from fastcbw.graph.graph import Graph, below
 from fastcbw.graph.node import Node, User
 from fastcbw.graph.permissions import GUEST, READER
 from fastcbw.qmp.backups import Backup, Backups
@@ -203,9 +203,17 @@ class Nodes:
         for node in self.graph.nodes.values():
             node.kind.let_go(node)
 
-    def close(self) -> None:
-        """Close every node; exports and jobs have ended."""
+    def give_up(self, name: str) -> None:
+        """End what the devices of the node NAME, and below it, do not answer: the process is about to end."""
+        if name in self.graph.nodes:
+            for node in below(self.graph.nodes[name]):
+                node.kind.give_up(node)
+
+    def close(self, left: Collection[JobRecord] = ()) -> None:
+        """Close every node; exports and jobs have ended, but those of LEFT, whose nodes stay open."""
         self.exports.clear()
+        named = [self.graph.nodes[name] for record in left for name in (record.disk, record.target) if name in self.graph.nodes]
+        keep = {other for node in named for other in below(node)}
         for node in self.graph.nodes.values():
             node.parents = [edge for edge in node.parents if not isinstance(edge.parent, User)]
-        self.graph.close()
+        self.graph.close(keep)

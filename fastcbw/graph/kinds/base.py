@@ -36,6 +36,9 @@ class Kind:
     def let_go(self, node: Node) -> None:
         """Have whoever waits in NODE go on, now and later: the process is about to end."""
 
+    def give_up(self, node: Node) -> None:
+        """Have requests that NODE's device does not answer fail: the process is about to end, and a job waits for them."""
+
     def settle(self, node: Node) -> None:
         """Do what may fail before NODE goes; nobody uses it. An error keeps it."""
 

@@ -76,7 +76,11 @@ class QemuNbd:
             self._process.communicate(timeout=END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.terminate()
-            self._process.communicate()
+            try:
+                self._process.communicate(timeout=END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()        # it is stopped, or its disk does not answer
+                self._process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -95,6 +99,9 @@ class Foreign(Kind):
         read_only = node.options.get("read-only", False) or file.get("read-only") is True
         node.server = QemuNbd(file["filename"], self.driver, read_only=read_only, name=node.name)
         node.device = node.server.device
+
+    def give_up(self, node: Node) -> None:
+        node.server.device.close()
 
     def close(self, node: Node) -> None:
         if node.server is not None:

@@ -22,6 +22,9 @@ class Nbd(Kind):
         uri = server_uri(node.options["server"], node.options.get("export", ""))
         node.device = NbdDevice(uri, read_only=node.options.get("read-only", False), name=node.name)
 
+    def give_up(self, node: Node) -> None:
+        node.device.close()
+
 
 def server_uri(server: dict, export: str) -> str:
     """Return the NBD URI of EXPORT at SERVER, an address as QEMU's SocketAddress."""
