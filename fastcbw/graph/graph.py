@@ -17,6 +17,7 @@ from fastcbw.errors import Error
 from fastcbw.graph import permissions
 from fastcbw.graph.kinds import KINDS
 from fastcbw.graph.kinds.served import SERVED
+from fastcbw.graph.live import HOLD_SECONDS
 from fastcbw.graph.node import Edge, Node, User
 from fastcbw.graph.options import check_options
 from fastcbw.graph.permissions import Needs, Permission
@@ -280,7 +281,31 @@ class Graph:
             self.detach(user)
             raise
         self._on_undo(lambda: self.detach(user))
+        try:
+            for node, _, _, needs in uses:
+                if needs.taken & Permission.WRITE:
+                    self.forget_discards_above(node)
+        except BaseException:
+            self.detach(user)
+            raise
         return user
+
+    def forget_discards_above(self, node: Node) -> None:
+        """Forget what guests above NODE, whose engines are others, have discarded and a snapshot that has ended kept waiting: somebody is
+        about to write there past them. TimeoutError when some is being carried out, and does not end in time."""
+        for other in list(self.nodes.values()):
+            if other.base is not None and other.bottom is not node.bottom and node.bottom in below(other):
+                other.base._engine.forget_discards(HOLD_SECONDS)
+
+    def check_undisturbed(self, node: Node) -> None:
+        """Error when somebody writes below NODE past it: a snapshot of what it shows would not be of one moment."""
+        above = node.bottom
+        while above.kind.children and (edge := next((edge for edge in above.children.values() if edge.role == "filtered"), None)):
+            for other in edge.child.parents:
+                if other is not edge and other.needs.taken & Permission.WRITE:
+                    raise Error(f"{other.label} writes node '{edge.child.name}' as '{other.name}', below node '{node.name}' and past it: a snapshot "
+                                f"of that would show it (take one of '{edge.child.name}')")
+            above = edge.child
 
     def detach(self, user: User) -> None:
         """Undo attach(). Twice is no error."""
@@ -369,16 +394,23 @@ class Graph:
                 node.check_content()
             if taken & Permission.WRITE and node.options.get("read-only"):
                 raise Error(f"node '{node.name}' is read-only: {known[0][0].label} needs 'write' on it")
-            if any(edge.guards for edge in node.parents):
+            if any(edge.guards for edge in node.parents) or self._has_others_snapshots(node):
                 guarded.add(node)
             for edge in node.children.values():
                 needs = node.kind.needs(node, edge.name, Needs(taken, shared))
-                if node in guarded and edge.name == node.kind.through:
+                if node in guarded and edge.role == "filtered":
                     needs = Needs(needs.taken, needs.shared & ~(Permission.WRITE | Permission.RESIZE))
                     guarded.add(edge.child)
                 fresh[edge] = needs
         for edge, needs in fresh.items():
             edge.needs = needs
+
+    def _has_others_snapshots(self, node: Node) -> bool:
+        """Whether the disk of NODE has snapshots that are no node's, which would have edges of its own."""
+        if node.base is None or not node.base.snapshots:
+            return False
+        nodes = [other.snapshot for other in self.nodes.values()]
+        return any(snapshot not in nodes for snapshot in node.base.snapshots.values())
 
     def describe(self) -> list[dict[str, Any]]:
         """Return every node, children before parents, ready for JSON."""

@@ -160,6 +160,7 @@ class Daemon:
             for disk in members:
                 if disk.name in self.nodes.graph.nodes:
                     self.nodes.graph.nodes[disk.name].check_content()
+                    self.nodes.graph.check_undisturbed(self.nodes.graph.nodes[disk.name])
             for disk in members:
                 if name in disk.snapshots:
                     raise Error(f"snapshot {disk.name}@{name}: exists already (delete it, or choose another name)")

@@ -332,6 +332,30 @@ def test_a_discard_that_was_recorded_above_is_not_carried_out_once_the_guest_has
         assert guest.read(0, LENGTH) == b"late" + b"data" * (LENGTH // 4 - 1)
 
 
+def test_nobody_writes_below_a_disk_that_has_a_snapshot_past_it(daemon, vm, execute, tmp_path):
+    """It would show what they write; and a discard that it has kept waiting would be carried out over that."""
+    execute("blockdev-add", **THROTTLE)
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    with pytest.raises(Error, match="export 'vm' writes node 'disk' as 'root', below node 'slow' and past it"):
+        execute("fastcbw-snapshot-create", name="s", disks=["slow"])
+    with pytest.raises(Error, match="conflicts with use by"):
+        execute("blockdev-backup", job_id="j", device="slow", target="temp", sync="full")
+    execute("fastcbw-replace", parent="vm", node="slow")
+    execute("fastcbw-snapshot-create", name="s", disks=["slow"])
+    with Client(tmp_path / "nbd", "vm") as guest:
+        guest.write(0, b"x" * 65536)
+        guest.trim(65536, 65536)                    # recorded: the snapshot needs what is there
+        for export in ("past", "vm2"):
+            with pytest.raises(Error, match="export .* needs .*write.* on node 'disk'|conflicts with use by"):
+                execute("block-export-add", type="nbd", id=export, node_name="disk", writable=True)
+        execute("fastcbw-snapshot-delete", name="s", disks=["slow"])
+        execute("block-export-add", type="nbd", id="past", node_name="disk", writable=True)
+        with Client(tmp_path / "nbd", "disk") as past:
+            past.write(65536, b"y" * 65536)
+            daemon.nodes.graph.find("slow").disk()._engine.finish_discards()
+            assert past.read(65536, 65536) == guest.read(65536, 65536) == b"y" * 65536
+
+
 def test_a_guest_that_stays_on_its_disk_has_its_discards_carried_out(daemon, vm, execute, tmp_path):
     execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
     with Client(tmp_path / "nbd", "vm") as guest:
