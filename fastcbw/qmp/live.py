@@ -146,7 +146,9 @@ class Live:
         given = children | description
         options = check_options(node.kind.driver, node.kind.options, tuple(children), given)
         for option in sorted(set(options) | set(node.options)):
-            if options.get(option) != node.options.get(option) and option not in node.kind.changeable:
+            if option == "read-only":
+                self._check_read_only(node, options)
+            elif options.get(option) != node.options.get(option) and option not in node.kind.changeable:
                 words = ", ".join(node.kind.changeable) or "none"
                 raise Error(f"Cannot change the option '{option}' (of driver '{node.kind.driver}' these can be changed: {words})")
         for child, before in children.items():
@@ -155,16 +157,21 @@ class Live:
             if given[child] != before:
                 self.replace_child(name, child, self.graph.find(given[child]))
         before_options = node.options
+
+        def change(to: dict[str, Any]) -> None:
+            if any(to.get(option) != node.options.get(option) for option in node.kind.changeable):
+                node.kind.change(node, to)
+            node.options = to
+
         if options != before_options:
-            node.kind.change(node, options)
-            node.options = options
+            change(options)
+        return lambda: change(before_options) if node.options is not before_options else None
 
-        def undo() -> None:
-            if node.options is not before_options:
-                node.kind.change(node, before_options)
-                node.options = before_options
-
-        return undo
+    @staticmethod
+    def _check_read_only(node: Node, options: dict[str, Any]) -> None:
+        """Whether a node may be written is the graph's to say, as long as its device can be: nothing is opened anew."""
+        if node.options.get("read-only") and not options.get("read-only") and node.device.read_only:
+            raise Error(f"Cannot change the option 'read-only': node '{node.name}' is open for reading only (remove it, and add it anew)")
 
 
 def _forget_discards(change: Change, seconds: float) -> None:

@@ -508,6 +508,36 @@ def test_options_are_changed_live(daemon, vm, execute):
     assert nodes["slow"].children["file"].child is nodes["disk"]        # left out: it stays
 
 
+def test_a_node_becomes_read_only_and_writable_again(daemon, vm, execute, tmp_path):
+    reopen = {"driver": "raw", "node-name": "disk", "read-only": True}
+    with pytest.raises(Error, match="node 'disk' is read-only: export 'vm' needs 'write' on it"):
+        execute("blockdev-reopen", options=[reopen])
+    assert not daemon.nodes.graph.find("disk").read_only
+    execute("block-export-del", id="vm")
+    execute("blockdev-reopen", options=[reopen])
+    with pytest.raises(Error, match="read-only"):
+        execute("block-export-add", type="nbd", id="vm", node_name="disk", writable=True)
+    execute("blockdev-reopen", options=[reopen | {"read-only": False}])
+    execute("block-export-add", type="nbd", id="vm", node_name="disk", writable=True)
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="fixed", size=4096, **{"read-only": True})
+    with pytest.raises(Error, match="node 'fixed' is open for reading only"):
+        execute("blockdev-reopen", options=[{"driver": "x-fastcbw-memory", "node-name": "fixed", "size": 4096}])
+
+
+def test_limits_of_a_store_are_changed_live(daemon, vm, execute):
+    execute("blockdev-add", driver="x-fastcbw-memory", node_name="temp", size=LENGTH)
+    execute("transaction", actions=[act("blockdev-add", **CBW), to("cbw")])
+    reopen = {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp"}
+    execute("blockdev-reopen", options=[reopen | {"on-cbw-error": "break-guest-write", "ram": 128 << 10}])
+    snapshot = daemon.nodes.graph.find("cbw").snapshot.status
+    assert snapshot()["on_cbw_error"] == snapshot()["on_full"] == "break-guest-write" and snapshot()["ram_limit"] == 128 << 10
+    with pytest.raises(Error, match="node 'cbw': ram: 1 is less than one cluster"):
+        execute("blockdev-reopen", options=[reopen | {"on-cbw-error": "break-snapshot", "ram": 1}])
+    assert snapshot()["on_cbw_error"] == "break-guest-write" and snapshot()["ram_limit"] == 128 << 10
+    with pytest.raises(Error, match="Cannot change the option 'min-cluster-size'"):
+        execute("blockdev-reopen", options=[reopen | {"min-cluster-size": 4096}])
+
+
 def test_reopen_replaces_a_child(daemon, vm, execute, tmp_path):
     execute("transaction", actions=[act("blockdev-add", **THROTTLE), to("slow")])
     execute("blockdev-add", driver="x-fastcbw-fault", node_name="bad", file="disk", rules=[{"operation": "write"}])

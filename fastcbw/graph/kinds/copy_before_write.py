@@ -24,6 +24,7 @@ from fastcbw.graph.permissions import TARGET, Needs, Permission
 
 CLUSTER_SIZE_QEMU = 64 << 10
 RAM_DEFAULT = "256M"
+ON_CBW_ERROR_QEMU = "break-guest-write"
 POLL_SECONDS = 0.005
 
 log = logging.getLogger("fastcbw.graph")
@@ -43,6 +44,7 @@ class CopyBeforeWrite(Kind):
     )
     children = {"file": "filtered", "target": "store"}
     through = "file"
+    changeable = ("on-cbw-error", "ram")
 
     def open(self, node: Node) -> None:
         disk = node.disk()
@@ -50,6 +52,14 @@ class CopyBeforeWrite(Kind):
             _check_in_place(node)
         node.device = node.children["file"].child.device
         node.snapshot = disk.snapshot(node.name, spill=node.joint("target"), **snapshot_options(node))
+
+    def change(self, node: Node, options: dict[str, Any]) -> None:
+        policy = options.get("on-cbw-error", ON_CBW_ERROR_QEMU)
+        try:
+            node.snapshot.set_limits(ram=options.get("ram", RAM_DEFAULT))       # what may fail comes first
+        except ValueError as error:
+            raise Error(f"node '{node.name}': {error}") from None
+        node.snapshot.set_policy(on_full=policy, on_cbw_error=policy)
 
     def settle(self, node: Node) -> None:
         """A write of old data that hangs in a target that is to be a backup would land there later, whoever has it by then."""
@@ -110,7 +120,7 @@ def snapshot_options(node: Node) -> dict[str, Any]:
         if set(bitmap) != {"node", "name"} or not all(isinstance(value, str) for value in bitmap.values()):
             raise Error("Parameter 'bitmap' expects an object with the strings node and name")
         given["bitmap"] = bitmap["name"]
-    given["on_cbw_error"] = options.get("on-cbw-error", "break-guest-write")
+    given["on_cbw_error"] = options.get("on-cbw-error", ON_CBW_ERROR_QEMU)
     given["on_full"] = given["on_cbw_error"]
     given["in_place"] = is_in_place(node)
     seconds = options.get("cbw-timeout", 0)
