@@ -233,6 +233,17 @@ def test_a_base_that_somebody_uses_and_what_is_no_backing_file_are_refused(nodes
         execute("block-commit", device="top")
 
 
+@pytest.mark.parametrize("length", [LENGTH - M, LENGTH + M])
+def test_a_base_of_another_length_is_refused(nodes, daemon, execute, length):
+    execute("blockdev-del", node_name="base")
+    with open(nodes / "base.img", "r+b") as file:
+        file.truncate(length)
+    execute("blockdev-add", driver="raw", node_name="base", file={"driver": "file", "filename": str(nodes / "base.img")})
+    with pytest.raises(Error, match=f"node 'base': its {length} bytes are not the {LENGTH} of 'top' .resize the base first."):
+        execute("block-commit", device="top")
+    assert execute("query-jobs") == [] and daemon.nodes.graph.find("top").parents == []
+
+
 def test_sync_top_copies_what_the_overlay_has_of_its_own(nodes, daemon, execute):
     execute("blockdev-add", driver="x-fastcbw-memory", node_name="copy", size=LENGTH)
     execute("blockdev-backup", device="top", target="copy", sync="top", job_id="j", auto_dismiss=False)

@@ -12,8 +12,8 @@ from fastcbw.wire import constants as c
 
 LENGTH = 1 << 20
 PAGE = 4096
-#: Insertions, and as many removals; thousands by hand: FASTCBW_EDITS=5000.
-EDITS = int(os.environ.get("FASTCBW_EDITS", 600))
+#: Insertions, and as many removals; more by hand: FASTCBW_EDITS=10000.
+EDITS = int(os.environ.get("FASTCBW_EDITS", 1500))
 DEPTH = 16
 
 
