@@ -38,8 +38,8 @@ from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELET
                                 bitmap_bytes, cluster_end, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
                                 snap_unref, wake_keeper)
 from fastcbw.cbw.stops cimport Stops
-from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_set_limit, segment_bytes, slots_set_limit, store_free, store_new,
-                                store_room)
+from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_set_limit, store_free,
+                                store_new, store_room)
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
 from fastcbw.sync cimport now_ns, sleep_ns
@@ -573,7 +573,7 @@ cdef class Engine:
                     "write-zeroes": load_relaxed(&snapshot.snap.preserved_zeroing) * size,
                     "copy-on-read": load_relaxed(&snapshot.snap.read_kept) * size,
                 },
-                "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0,
+                "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0, "disk_dead_bytes": 0,
                 "copy_on_read": bool(snapshot.snap.copy_on_read),
                 "kept_clusters": 0, "kept_bytes": 0,
                 "read_kept_clusters": load_relaxed(&snapshot.snap.read_kept),
@@ -600,6 +600,7 @@ cdef class Engine:
                 facts["ram_limit"] = store.slots_limit * size
                 facts["disk_bytes"] = store.log_used * size
                 facts["disk_limit"] = store.segments_limit * store.segment_clusters * size
+                facts["disk_dead_bytes"] = log_dead(store) * size
                 facts["flushed_clusters"] = load_relaxed(&store.flushed)
                 if load_seq(&store.log_error):
                     facts["disk_error"] = os.strerror(load_seq(&store.log_error))

@@ -103,6 +103,10 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
 cdef void log_give_back(Store *store, int64_t position) noexcept nogil
 # The same of a position that no word has named: the last one taken is there to be taken again. From the last to the first.
 cdef void log_untake(Store *store, int64_t position) noexcept nogil
+# Places that nothing names any more and that can't be used again before the rest of their segment has gone too.
+cdef int64_t log_dead(Store *store) noexcept nogil
+# There is room in the log that there was none of: wake the flusher, if it wants any, and who waits.
+cdef void log_came_free(Store *store) noexcept nogil
 cdef int64_t log_offset(const Store *store, int64_t position) noexcept nogil
 # Sets the limit of the log, in segments. What is used above it goes as it is freed.
 cdef void log_set_limit(Store *store, int64_t segments) noexcept nogil

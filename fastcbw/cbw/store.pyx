@@ -393,7 +393,7 @@ cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogi
 
 cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
     cdef int64_t segment = position // store.segment_clusters
-    cdef bint empty, ask
+    cdef bint empty
     pthread_mutex_lock(&store.lock)
     check(store.log_used > 0 and (store.in_place or store.live[segment] > 0), "a log record is freed once")
     store.log_used -= 1
@@ -410,11 +410,30 @@ cdef void log_give_back(Store *store, int64_t position) noexcept nogil:
         (<BlockDevice>store.log).discard_at(segment * segment_bytes(store), segment_bytes(store), 0)
         pthread_mutex_lock(&store.lock)
         store.segments_used -= 1
-        ask = store.flush_asked
         pthread_mutex_unlock(&store.lock)
-        if ask:
-            room_want_flush(store.room)
-        room_changed(store.room)
+        log_came_free(store)
+
+
+cdef int64_t log_dead(Store *store) noexcept nogil:
+    cdef int64_t dead = 0
+    if store.log == NULL or store.in_place:         # each cluster has its place there
+        return 0
+    pthread_mutex_lock(&store.lock)
+    dead = store.segments_used * store.segment_clusters - store.log_used
+    if store.head % store.segment_clusters:
+        dead -= store.segment_clusters - store.head % store.segment_clusters
+    pthread_mutex_unlock(&store.lock)
+    return dead
+
+
+cdef void log_came_free(Store *store) noexcept nogil:
+    cdef bint ask
+    pthread_mutex_lock(&store.lock)
+    ask = store.flush_asked
+    pthread_mutex_unlock(&store.lock)
+    if ask:
+        room_want_flush(store.room)
+    room_changed(store.room)
 
 
 cdef void log_untake(Store *store, int64_t position) noexcept nogil:
@@ -434,14 +453,10 @@ cdef void log_untake(Store *store, int64_t position) noexcept nogil:
 
 
 cdef void log_set_limit(Store *store, int64_t segments) noexcept nogil:
-    cdef bint ask
     pthread_mutex_lock(&store.lock)
     store.segments_limit = segments
-    ask = store.flush_asked
     pthread_mutex_unlock(&store.lock)
-    if ask:
-        room_want_flush(store.room)
-    room_changed(store.room)
+    log_came_free(store)
 
 
 cdef int log_write(Store *store, int64_t position, const void *data, int64_t count, int64_t cluster, uint64_t snapshot) noexcept nogil:

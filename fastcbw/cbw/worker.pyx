@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memset
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.state cimport (WHY_FULL, WHY_SOURCE, WHY_STORE, claim_release, geometry_ref, geometry_unref, snap_ref, snap_unref)
-from fastcbw.cbw.store cimport Store, log_place, log_take, log_untake, log_write, slot_data, slot_unref
+from fastcbw.cbw.store cimport Store, log_came_free, log_place, log_take, log_untake, log_write, slot_data, slot_unref
 from fastcbw.kernels.atomic cimport add_seq, load_seq, sub_seq
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.sync cimport (cond_init, cond_wait_until, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
@@ -135,12 +135,16 @@ cdef int take_room(Copy *copy) noexcept nogil:
 
 
 cdef void positions_give_back(Copy *copy) noexcept nogil:
-    """May tell the disk tier to drop a segment: never on the guest's own thread."""
+    """May tell the disk tier to drop a segment: never on the guest's own thread. The flusher may have found no room meanwhile."""
     cdef int i
+    cdef bint any = False
     for i in range(copy.items_count - 1, -1, -1):
         if copy.items[i].position >= 0:
             log_untake(copy.snap.store, copy.items[i].position)
             copy.items[i].position = -1
+            any = True
+    if any:
+        log_came_free(copy.snap.store)
 
 
 cdef void copy_give_back(Copy *copy) noexcept nogil:

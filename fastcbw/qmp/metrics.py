@@ -63,6 +63,7 @@ SNAPSHOT_METRICS = (
     Metric("ram_limit", "ram_limit_bytes", "bytes", "Limit of the RAM tier."),
     Metric("disk_bytes", "disk_bytes", "bytes", "Disk tier in use."),
     Metric("disk_limit", "disk_limit_bytes", "bytes", "Limit of the disk tier."),
+    Metric("disk_dead_bytes", "disk_dead_bytes", "bytes", "Disk tier that came free and can't be used before the rest of its segment has gone."),
     Metric("kept_clusters", "kept_clusters", "clusters", "Clusters in RAM that readers left there and the guest has not changed."),
     Metric("kept_bytes", "kept_bytes", "bytes", "The same in bytes."),
     Metric("read_kept_clusters", "read_kept_clusters_total", "clusters", "Clusters that readers left in RAM."),

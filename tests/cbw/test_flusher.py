@@ -169,6 +169,23 @@ def test_a_disk_tier_that_fails_keeps_everything_in_ram_says_so_and_is_tried_aga
     assert view.broken is None and view.read(0, LENGTH) == OLD
 
 
+def test_places_that_a_failed_copy_gives_back_are_the_flushers(engine, log_faults, log):
+    """A guest's copy has taken all that the log has when the flusher looks, and then fails: nobody else would wake the flusher."""
+    view = engine.snapshot("s", ram=4 * K, spill=log, spill_limit=4096 + 2 * K, cbw_timeout=60_000, on_cbw_error="break-guest-write")
+    write(engine, 0, b"n", 3)
+    with log_faults.fail_on("write", count=1):
+        with log.hold("write") as gate:
+            writer = Task(write, engine, 10, b"n", 3)       # one slot, two places
+            gate.wait_arrived()
+            engine.set_limits("s", ram=3 * K)               # above the high-water mark now
+            wait_idle(engine)
+            assert tiers(engine) == (4, 2)
+        with pytest.raises(OSError, match="disk tier"):
+            writer.result()
+    wait_until(lambda: tiers(engine) == (1, 2))
+    assert view.read(0, LENGTH) == OLD
+
+
 POLICIES = [("break-snapshot", None), ("break-guest-write", errno.EIO)]
 
 

@@ -256,6 +256,27 @@ def test_space_of_the_disk_tier_comes_back(engine, shm_path):
     assert view.broken is None and engine.report("s")["preserved_clusters"] == 200
 
 
+def test_a_place_of_the_disk_tier_is_dead_until_its_whole_segment_has_gone_and_status_says_so(engine, shm_path):
+    view = engine.snapshot("s", ram=0, spill=shm_path, spill_limit=4096 + 8 * K, on_full="break-guest-write")
+
+    def disk_tier():
+        facts = engine.report("s")
+        return [facts[f"disk_{what}"] // K for what in ("bytes", "dead_bytes", "limit")]
+
+    write(engine, 0, count=6)
+    assert disk_tier() == [6, 0, 8]
+    view.discard(K, 3 * K)
+    assert disk_tier() == [3, 3, 8]
+    write(engine, 20, count=2)
+    assert disk_tier() == [5, 3, 8]
+    with pytest.raises(OSError, match="both tiers at their limits"):
+        write(engine, 30)
+    view.discard(0, 22 * K)
+    assert disk_tier() == [0, 0, 8]
+    write(engine, 30, count=8)
+    assert disk_tier() == [8, 0, 8] and view.read(30 * K, 8 * K) == b"o" * 8 * K
+
+
 def test_many_readers_take_everything_exactly_while_guests_write(disk):
     """Four readers take disjoint ranges of one snapshot and discard another's, in any order, while writers overwrite all of it."""
     engine = Engine(disk)
