@@ -94,8 +94,13 @@ def test_one_percent(folder, full, note):
     note(f"    {medians['bare copy'] / medians['fastcbw']:8.2f} x bare copy")
 
 
-def test_time_follows_what_is_dirty(folder, full, note):
-    """The same 1000 pieces of a disk of 64 GiB and of 64 TiB, 512 bytes per bit; goal: at most 1.2 times as long."""
+@pytest.mark.parametrize("piece", [4096, 65536], ids=["4K", "64K"])
+def test_time_follows_what_is_dirty(folder, full, note, piece):
+    """The same 1000 pieces of a disk of 64 GiB and of 64 TiB, 512 bytes per bit; goal: at most 1.2 times as long.
+
+    Evenly spread, which is the worst that can be for the larger disk: each piece touches pages of its own in every bitmap, where 30 or more share them
+    on the smaller one. Fresh pages are what the rest of the difference is; a walk over what is not dirty is none of it.
+    """
     pieces = 1000 if full else 50
     medians = {}
     for length in (64 << 30, 64 << 40):
@@ -104,12 +109,12 @@ def test_time_follows_what_is_dirty(folder, full, note):
                 fastcbw.open(device, name="large") as disk:
             disk.snapshot("warm-up").close()
             disk.add_bitmap("b", granularity=512)
-            for _ in range(7 if full else 2):
+            for _ in range(15 if full else 2):
                 for i in range(pieces):
-                    disk.write(i * (length // pieces) // 4096 * 4096, b"x" * 4096)
+                    disk.write(i * (length // pieces) // piece * piece, b"x" * piece)
                 begin = time.perf_counter()
                 disk.backup(target, bitmap="b").wait()
                 times.append(time.perf_counter() - begin)
         medians[length] = statistics.median(times) * 1000
-    note(f"increment of {pieces} x 4 KiB: 64 GiB {medians[64 << 30]:.1f} ms, 64 TiB {medians[64 << 40]:.1f} ms")
+    note(f"increment of {pieces} x {piece >> 10} KiB: 64 GiB {medians[64 << 30]:.1f} ms, 64 TiB {medians[64 << 40]:.1f} ms")
     note(f"    {medians[64 << 40] / medians[64 << 30]:8.2f} x as long at 64 TiB, goal at most 1.2")

@@ -54,11 +54,13 @@ cdef class Order:
     cdef Heat heat
     cdef sparse_bits taken              # handed out; unused with one class
     cdef uint64_t *full                 # bit per page of `taken`: all of the page is, whatever its words say
+    cdef const sparse_bits *within      # the snapshot's, all that is handed out with more than one class; NULL: everything
     cdef int64_t rest_begin             # bytes: what is left of a cluster longer than a piece
     cdef int64_t rest_end
     cdef int64_t extent_begin           # bytes: the source's block status is known in here ...
     cdef int64_t extent_end
     cdef uint32_t extent_flags          # ... and is this
+    cdef readonly uint64_t stretches    # looked at so far: what the walks have cost, for tests
     cdef uint64_t skipped               # bytes that are not in the snapshot, so in no piece (atomic)
 
     # The next piece: 1; 0 when everything was handed out; -errno when the block status at piece.offset can't be had.

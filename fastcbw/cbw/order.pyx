@@ -12,7 +12,8 @@ Runs are as long as a chunk. A short run takes its neighbours along, up to GATHE
 large writes, and a disk a few more bytes rather than one more request.
 
 What it costs: summary bitmaps and leaves of location maps that exist, so what was preserved; what no store holds is a stretch between leaves;
-`taken` marks whole pages by one bit. A walk over a 64 TiB disk of holes touches a few pages.
+`taken` marks whole pages by one bit. A walk over a 64 TiB disk of holes touches a few pages. What a snapshot was made without (`copy` from a
+bitmap) counts as skipped from the beginning, and no walk comes there: an increment costs what is dirty, not the disk.
 
 One lock over a choice. The source's block status is asked under it, once for each extent.
 """
@@ -25,9 +26,9 @@ from fastcbw.cbw.heat cimport Heat, heat_covers, heat_feed, heat_forget, heat_ho
 from fastcbw.cbw.kinds cimport Kinds, kinds_of_word, kinds_untouched
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport Epoch, Geometry, RECENT, Snap, Ticket, bitmap_bytes, copy_run, enter, leave
-from fastcbw.kernels.atomic cimport add_relaxed, load_relaxed
-from fastcbw.kernels.bits cimport bits_next_one, bits_next_zero, bits_set_atomic
-from fastcbw.kernels.sparse cimport PAGE_BITS, sparse_mark, sparse_set_atomic, sparse_stretch, summary_bits
+from fastcbw.kernels.atomic cimport add_relaxed, load_acquire, load_relaxed
+from fastcbw.kernels.bits cimport bits_all, bits_next_one, bits_next_zero, bits_set_atomic
+from fastcbw.kernels.sparse cimport PAGE_BITS, sparse_count, sparse_mark, sparse_next_one, sparse_set_atomic, sparse_test, summary_bits
 from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 import numpy as _np
@@ -60,6 +61,15 @@ cdef int classes_fill(Classes *classes, str policy) except -1:
     return 0
 
 
+cdef int64_t bytes_within(const sparse_bits *within, int bits, int64_t length) noexcept nogil:
+    """How many of LENGTH bytes are in clusters that WITHIN marks."""
+    cdef int64_t last = within.length - 1
+    cdef int64_t total = sparse_count(within, 0, within.length) << bits
+    if sparse_test(within, last):
+        total -= (within.length << bits) - length
+    return total
+
+
 cdef class Order:
     """Hands out all of SOURCE, piece by piece.
 
@@ -69,7 +79,7 @@ cdef class Order:
     """
 
     def __cinit__(self, BlockDevice source not None, str policy="sequential", *, int64_t chunk=1 << 18, bint stored_only=False):
-        cdef Snap *snap
+        cdef Snap *snap = NULL
         if chunk < 512:
             raise ValueError(f"chunk: {chunk} is less than 512")
         self.source = source
@@ -96,6 +106,9 @@ cdef class Order:
             self.full = <uint64_t *>map_pages(bitmap_bytes(summary_bits(self.clusters)))
             if self.taken.words == NULL or self.taken.summary == NULL or self.full == NULL:
                 raise MemoryError(f"{source.name}: no memory for the bitmap of its copy order")
+            if load_acquire(&snap.within_set):
+                self.within = &snap.within
+                self.skipped = source.length - bytes_within(self.within, self.bits, source.length)
         pthread_mutex_init(&self.lock, NULL)
 
     def __dealloc__(self):
@@ -309,6 +322,7 @@ cdef class Order:
                 left = STRETCHES
                 leaf = -1
             left -= 1
+            self.stretches += 1
             stop = self.stretch(ticket.epoch, kinds, first, end, &leaf, &mask, &ram)
             if mask == ONES:
                 if run.count == 0:
@@ -354,24 +368,35 @@ cdef class Order:
         """
         cdef Kinds of
         cdef int64_t page = first // PAGE_BITS
-        cdef int64_t stop, marked
+        cdef int64_t stop
         cdef int64_t word = first >> 6
         mask[0] = ram[0] = 0
         if bits_next_one(self.full, page, page + 1) == page:
             stop = bits_next_zero(self.full, page, summary_bits(self.clusters)) * PAGE_BITS
             return stop if stop < end else end
+        if self.within != NULL:         # what is not in the snapshot is nobody's
+            stop = sparse_next_one(self.within, first, end)
+            if stop > first:
+                return stop
+            end = bits_next_zero(self.within.words, first, end)
         if leaf[0] < first:
             leaf[0] = kinds_untouched(epoch, self.snapshot.snap, first, end)
         if leaf[0] > first:
             if not kinds & SET_NOWHERE:
                 return leaf[0] if leaf[0] < end else end
-            marked = sparse_stretch(&self.taken, first, leaf[0], &stop)
-            if marked > first:
+            # Nothing but `taken` tells clusters apart: over pages, or within one, without a look at each word.
+            end = leaf[0] if leaf[0] < end else end
+            if bits_next_one(self.taken.summary, page, page + 1) != page:
                 mask[0] = ONES
-                return marked if marked < end else end
-            of.ram = of.disk = of.zero = 0
-        else:
-            kinds_of_word(epoch, self.snapshot.snap, word, &of)
+                stop = bits_next_one(self.taken.summary, page, summary_bits(end)) * PAGE_BITS
+                return stop if stop < end else end
+            stop = (page + 1) * PAGE_BITS
+            stop = stop if stop < end else end
+            if bits_all(self.taken.words, first, 1):
+                return bits_next_zero(self.taken.words, first, stop)
+            mask[0] = ONES
+            return bits_next_one(self.taken.words, first, stop)
+        kinds_of_word(epoch, self.snapshot.snap, word, &of)
         ram[0] = of.ram
         if kinds & (1 << RAM):
             mask[0] |= of.ram
@@ -387,7 +412,7 @@ cdef class Order:
 
     cdef bint is_taken(self, int64_t cluster) noexcept nogil:
         cdef int64_t page = cluster // PAGE_BITS
-        if (self.full[page >> 6] >> (page & 63)) & 1:
+        if (self.full[page >> 6] >> (page & 63)) & 1 or (self.within != NULL and not sparse_test(self.within, cluster)):
             return True
         return (self.taken.words[cluster >> 6] >> (cluster & 63)) & 1
 

@@ -312,6 +312,67 @@ def test_a_walk_over_64_tib_of_holes_costs_what_is_used(policy, shm_path):
     disk.close()
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_a_walk_looks_at_follows_what_is_there_and_not_the_disk(policy, marked, shm_path):
+    """A piece in each of 64 pages of the bitmap of what was handed out, of the whole disk or of what a bitmap marks: no page is looked at word by word."""
+    disk = FileDevice(shm_path / "disk", create_length="64T")
+    engine = Engine(disk)
+    engine.bitmaps.add("b", granularity=512)
+    touched = [i << 40 for i in range(64)]
+    for offset in touched:
+        engine.device.write(offset + 5 * K, b"x" * K)
+    view = engine.snapshot("s", ram="1M", **({"bitmap": "b"} if marked else {}))
+    order = Order(view, policy)
+    pieces = []
+    while (piece := order.next_piece()) is not None:
+        pieces.append(piece)
+    for begin in touched:
+        assert sum(offset <= begin + 5 * K < offset + length <= offset + 256 * K for offset, length in pieces) == 1
+    assert not marked or sum(length for _, length in pieces) == 64 * K
+    assert order.stretches <= 64 * 20
+    engine.close()
+    disk.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("chunk", [K, 16 * K])
+def test_what_a_bitmap_marks_is_copied_once_and_nothing_else_while_the_guest_writes(policy, chunk, shm_path):
+    """The rest of the disk counts as dealt with from the beginning, where the order has more than one class."""
+    rng = random.Random(f"{policy} {chunk}")
+    length = 700 * K + 99
+    disk = MemoryDevice(length)
+    disk.write(0, bytes(i // 512 % 255 + 1 for i in range(length)))
+    engine = Engine(disk)
+    engine.bitmaps.add("b", granularity=K)
+    inside = {700, *(rng.randrange(700) for _ in range(150)), *range(300, 380)}
+    for cluster in inside:
+        engine.device.write(cluster * K, b"m" * min(K, length - cluster * K))
+    before = disk.read(0, length)
+    view = engine.snapshot("s", bitmap="b", cluster_size=K, ram="256K", spill=str(shm_path), spill_limit="64M")
+    lock = threading.Lock()
+
+    def guest(offset):
+        with lock:
+            engine.device.write(rng.randrange(length - 2 * K), b"n" * rng.randrange(1, 2 * K))
+
+    recorder = Recorder(length, guest)
+    copier = Copier(view, PythonDevice(recorder), chunk=chunk, order=policy)
+    outside = length - sum(min(K, length - cluster * K) for cluster in inside)
+    assert copier.done == (outside if policy != "sequential" else 0)
+    threads = [threading.Thread(target=copier.run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert copier.error is None and copier.done == length
+    for cluster in range(701):
+        at = slice(cluster * K, min((cluster + 1) * K, length))
+        assert (recorder.count[at] == (cluster in inside)).all(), cluster
+        assert recorder.data[at] == (before[at] if cluster in inside else bytes(at.stop - at.start))
+    engine.close()
+
+
 def test_the_order_of_what_is_no_snapshot_is_sequential():
     disk = MemoryDevice(10 * K + 5)
     rows = all_rows(Order(disk, "hot-first,ram-first"))
