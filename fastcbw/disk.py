@@ -202,7 +202,7 @@ class Disk:
             "name": self.name,
             "length": self.length,
             "read_only": self.read_only,
-            "guest": self._engine.counters(),
+            "guest": self._engine.counters() | self._engine.inherited(),
             "bitmaps": self._engine.bitmaps.report(),
             "snapshots": {name: snapshot.status() for name, snapshot in list(self.snapshots.items())},
         }

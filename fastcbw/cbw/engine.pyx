@@ -28,7 +28,7 @@ from fastcbw.cbw.keep cimport keep_counts, keep_drop_range, keep_trim
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lazy cimport lazy_carry_out, lazy_drop
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
-from fastcbw.cbw.locmap cimport SLOTS_MAX
+from fastcbw.cbw.locmap cimport SLOTS_MAX, STORES_MAX
 from fastcbw.cbw.policy cimport why_text
 from fastcbw.cbw.rate cimport rate_now
 from fastcbw.cbw.reader cimport SnapshotDevice
@@ -132,8 +132,10 @@ cdef class Engine:
         self.check_open()
         if name in self.snapshots:
             raise Error(f"{self.device.name}: snapshot {name!r} exists already")
-        if epoch.chain_count >= SNAPSHOTS_MAX or find_store_index(self.state) < 0:
+        if epoch.chain_count >= SNAPSHOTS_MAX:
             raise LimitReached(f"{self.device.name}: no more than {SNAPSHOTS_MAX} snapshots of a disk at once")
+        if find_store_index(self.state) < 0:
+            raise LimitReached(f"{self.device.name}: {STORES_MAX} stores, of ended snapshots too, hold what older ones read (delete an older one)")
         bits = (options.cluster_size or CLUSTER_SIZE_DEFAULT).bit_length() - 1
         if epoch.chain_count:
             if options.cluster_size and epoch.geometry.cluster_bits != bits:
@@ -286,10 +288,10 @@ cdef class Engine:
             raise TimeoutError(f"{self.device.name}: {busy} clusters that the guest has discarded were in use for {timeout:g} s")
 
     cdef int sweep(self) except -1:
-        cdef uint64_t freed
+        cdef int index
         with nogil:
-            freed = sweep_stores(self.state)        # it may wait for guest writes to end
-        for index in [i for i in self.logs if freed >> i & 1]:
+            sweep_stores(self.state)        # it may wait for guest writes to end
+        for index in [i for i in self.logs if self.state.stores[<int>i] == NULL]:
             device, ours = self.logs.pop(index)
             if ours:
                 device.close()
@@ -542,6 +544,19 @@ cdef class Engine:
             facts["lazy_bytes"] = load_relaxed(&ticket.epoch.geometry.lazy_count) << ticket.epoch.geometry.cluster_bits
         leave(ticket)
         return facts
+
+    def inherited(self):
+        """Return inherited_ram_bytes and inherited_disk_bytes: what ended snapshots have left that older ones read, where it lay."""
+        cdef int i
+        cdef Store *store
+        ram = disk = 0
+        with self.control:
+            for i in range(STORES_MAX):
+                store = self.state.stores[i]
+                if store != NULL and store.retired:
+                    ram += store.slots_used * store.cluster_bytes
+                    disk += store.log_used * store.cluster_bytes
+        return {"inherited_ram_bytes": ram, "inherited_disk_bytes": disk}
 
     def latency_meter(self):
         """Return a LatencyMeter: from now on, until its close(), guest writes are measured."""

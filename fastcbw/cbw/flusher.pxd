@@ -28,7 +28,7 @@ cdef class Flusher:
     # Waits, at most until DEADLINE_NS, while STORE is the one that is pinned.
     cdef void await_unpinned(self, const Store *store, int64_t deadline_ns) noexcept nogil
     cdef bint pass_over(self) noexcept nogil
-    cdef Store *pin_next(self, int64_t now, uint64_t seen) noexcept nogil
+    cdef Store *pin_next(self, int64_t now, const uint64_t *seen) noexcept nogil
     cdef void look_again(self, int64_t at_ns) noexcept nogil
     cdef void look_again_soon(self) noexcept nogil
     cdef int64_t flush(self, Store *store) noexcept nogil

@@ -27,9 +27,10 @@ says so in its report. A record that is given back while later ones stay is a de
 
 from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from fastcbw.cbw.keep cimport keep_is_clean, keep_make_room
-from fastcbw.cbw.locmap cimport disk_word, map_get, map_place, ram_word
+from fastcbw.cbw.locmap cimport STORE_WORDS, disk_word, map_get, map_place, ram_word
 from fastcbw.cbw.room cimport Room, room_changed
 from fastcbw.cbw.state cimport EngineState, Epoch, Geometry, Snap, Ticket, claim_release, enter, leave, summary_set
 from fastcbw.cbw.store cimport (Store, log_place, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_oldest)
@@ -101,18 +102,19 @@ cdef class Flusher:
         cdef Store *store
         cdef int64_t moved = 0
         cdef int64_t now = now_ns()
-        cdef uint64_t seen = 0
+        cdef uint64_t seen[STORE_WORDS]        # a bit per store
+        memset(seen, 0, sizeof(seen))
         while not self.state.room.stopping:
             store = self.pin_next(now, seen)
             if store == NULL:
                 break
-            seen |= (<uint64_t>1) << store.index
+            seen[store.index // 64] |= (<uint64_t>1) << (store.index % 64)
             moved += self.flush(store)
             sub_seq(&store.pins, 1)         # from here on it may be freed
             store_seq(&self.at, 0)
         return moved > 0
 
-    cdef Store *pin_next(self, int64_t now, uint64_t seen) noexcept nogil:
+    cdef Store *pin_next(self, int64_t now, const uint64_t *seen) noexcept nogil:
         """A store above its water mark that is not in SEEN, pinned so that it outlives its snapshot; NULL: none.
 
         Found through a snapshot that is needed in the epoch that we are counted in: its store can't have been retired.
@@ -127,7 +129,7 @@ cdef class Flusher:
             above = store.slots_used - low_water(store)
             if store.flush_asked and store.log != NULL and above > 0:
                 keep_make_room(self.state, ticket.epoch, ticket.epoch.need[i], above)       # what the disk has as well goes first
-            if (seen >> store.index) & 1 or store.log == NULL or not is_wanting(store):
+            if (seen[store.index // 64] >> (store.index % 64)) & 1 or store.log == NULL or not is_wanting(store):
                 continue
             if store.retry_ns > now:
                 self.look_again(store.retry_ns)

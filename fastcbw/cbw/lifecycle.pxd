@@ -26,4 +26,4 @@ cdef void drop_word(EngineState state, uint64_t word) noexcept nogil            
 # Ends the epoch that waits for recorded discards without a snapshot. False: not all are carried out yet.
 cdef bint end_lingering(EngineState state) noexcept nogil
 cdef int find_store_index(EngineState state) noexcept nogil                     # or -1
-cdef uint64_t sweep_stores(EngineState state) noexcept nogil                    # frees what can go; a bit per index freed
+cdef void sweep_stores(EngineState state) noexcept nogil                        # frees what can go: its place in the table is NULL then

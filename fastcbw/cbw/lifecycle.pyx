@@ -24,13 +24,13 @@ from libc.stdint cimport int64_t, uint64_t
 
 from fastcbw.bitmaps.dirty cimport dirty_convert
 from fastcbw.bitmaps.mapping cimport unmap_pages
-from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, STORES_MAX, WORD_DISK, WORD_NONE, WORD_RAM, map_get, map_next_leaf, map_place, word_store,
                                  word_tag)
 from fastcbw.cbw.room cimport room_changed
 from fastcbw.cbw.state cimport (ALIVE, EngineState, Epoch, Geometry, Snap, Ticket, WHY_MEMORY, bitmap_bytes, claim_one,
                                 claim_release, drain, enter, flip, in_copy, kept_set, leave, next_epoch, snap_break, snap_ref, snap_unref,
                                 summary_set, wake_keeper)
-from fastcbw.cbw.store cimport Store, store_drop, store_free
+from fastcbw.cbw.store cimport Store, slots_set_limit, store_drop, store_free
 from fastcbw.kernels.atomic cimport cas_seq, load_relaxed, load_seq, store_relaxed, store_release, store_seq
 from fastcbw.kernels.sparse cimport sparse_or_atomic
 from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
@@ -161,6 +161,8 @@ cdef void retire(EngineState state, Snap *snap, uint64_t why) noexcept nogil:
     if settled != NULL:
         unmap_pages(settled, bitmap_bytes(snap.geometry.clusters))
     snap.store.retired = True
+    if snap.store.slots_used != 0:
+        slots_set_limit(snap.store, 0)      # it stays for what others read in it: the memory of every other slot goes back
 
 
 cdef uint64_t *epoch_empty(Epoch *epoch) noexcept nogil:
@@ -263,36 +265,34 @@ cdef Snap *find_heir(const Epoch *epoch, Snap *snap, int64_t cluster) noexcept n
 
 cdef int find_store_index(EngineState state) noexcept nogil:
     cdef int i
-    for i in range(64):
+    for i in range(STORES_MAX):
         if state.stores[i] == NULL:
             return i
     return -1
 
 
-cdef uint64_t sweep_stores(EngineState state) noexcept nogil:
+cdef void sweep_stores(EngineState state) noexcept nogil:
     """Free the retired stores that nothing names.
 
     Nothing comes into a retired store, so that an empty one stays empty. But its last word may have gone just now (a drop
     takes no flip), while a look-up that is counted holds it: then those have to leave first. One of them may have pinned the store.
     """
-    cdef uint64_t freed = 0
-    cdef uint64_t empty = 0
+    cdef Store *empty[STORES_MAX]
+    cdef int count = 0
     cdef Store *store
     cdef int i
-    for i in range(64):
+    for i in range(STORES_MAX):
         store = state.stores[i]
         if store != NULL and store.retired:
             pthread_mutex_lock(&store.lock)         # after it: what was done before the last word was freed
             if store.slots_used == 0 and store.log_used == 0:
-                empty |= (<uint64_t>1) << i
+                empty[count] = store
+                count += 1
             pthread_mutex_unlock(&store.lock)
-    if empty and load_relaxed(&state.word_gone) == load_seq(&state.number):
+    if count and load_relaxed(&state.word_gone) == load_seq(&state.number):
         next_epoch(state)
         drain(state, flip(state))
-    for i in range(64):
-        store = state.stores[i]
-        if (empty >> i) & 1 and load_seq(&store.pins) == 0:
-            state.stores[i] = NULL
-            store_free(store)
-            freed |= (<uint64_t>1) << i
-    return freed
+    for i in range(count):
+        if load_seq(&empty[i].pins) == 0:
+            state.stores[empty[i].index] = NULL
+            store_free(empty[i])

@@ -1,11 +1,11 @@
 # Location words: where the old data of a preserved cluster is, one atomic 64-bit word per cluster and snapshot.
 #
-#   bit  63                              34 33            8 7     2 1 0
-#        +-----------------------------------+--------------+------+----+
-#   RAM  | generation of the slot (30)       | slot (26)    | store| 2  |
-#        +-----------------------------------+--------------+------+----+
-#   DISK | position in the store's log, in clusters (56)    | store| 3  |
-#        +--------------------------------------------------+------+----+
+#   bit  63                         38 37            12 11       2 1 0
+#        +------------------------------+---------------+----------+----+
+#   RAM  | generation of the slot (26)  | slot (26)     | store    | 2  |
+#        +------------------------------+---------------+----------+----+
+#   DISK | position in the store's log, in clusters (52) | store    | 3  |
+#        +----------------------------------------------+----------+----+
 #   ZERO | 0                                                        | 1  |
 #   NONE | 0: not preserved in this snapshot                        | 0  |
 #
@@ -22,9 +22,10 @@ cdef enum:
     WORD_DISK = 3
     LEAF_CLUSTERS = 64          # clusters of a leaf: the clusters of one bitmap word
     ROOTS_PER_PAGE = 512        # leaf pointers in a page of the root
-    STORES_MAX = 64
+    STORES_MAX = 1024           # of live snapshots, and of ended ones whose data an older one still reads
+    STORE_WORDS = 1024 >> 6     # of a bit per store
     SLOTS_MAX = 1 << 26
-    GENERATION_MASK = (1 << 30) - 1
+    GENERATION_MASK = (1 << 26) - 1
 
 cdef struct LocationMap:
     int64_t clusters
@@ -38,19 +39,19 @@ cdef inline uint32_t word_tag(uint64_t word) noexcept nogil:
     return <uint32_t>(word & 3)
 
 cdef inline uint32_t word_store(uint64_t word) noexcept nogil:
-    return <uint32_t>((word >> 2) & 63)
+    return <uint32_t>((word >> 2) & (STORES_MAX - 1))
 
 cdef inline int64_t word_slot(uint64_t word) noexcept nogil:
-    return <int64_t>((word >> 8) & (SLOTS_MAX - 1))
+    return <int64_t>((word >> 12) & (SLOTS_MAX - 1))
 
 cdef inline int64_t word_position(uint64_t word) noexcept nogil:
-    return <int64_t>(word >> 8)
+    return <int64_t>(word >> 12)
 
 cdef inline uint64_t ram_word(int store, int64_t slot, uint32_t generation) noexcept nogil:
-    return (<uint64_t>(generation & GENERATION_MASK) << 34) | (<uint64_t>slot << 8) | (<uint64_t>store << 2) | WORD_RAM
+    return (<uint64_t>(generation & GENERATION_MASK) << 38) | (<uint64_t>slot << 12) | (<uint64_t>store << 2) | WORD_RAM
 
 cdef inline uint64_t disk_word(int store, int64_t position) noexcept nogil:
-    return (<uint64_t>position << 8) | (<uint64_t>store << 2) | WORD_DISK
+    return (<uint64_t>position << 12) | (<uint64_t>store << 2) | WORD_DISK
 
 cdef int map_init(LocationMap *map, int64_t clusters) noexcept nogil                # 0 or -ENOMEM (nothing is held then)
 cdef void map_free(LocationMap *map) noexcept nogil

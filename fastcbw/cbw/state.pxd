@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from fastcbw.bitmaps.dirty cimport dirty_words
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport LatencyTable
-from fastcbw.cbw.locmap cimport LocationMap
+from fastcbw.cbw.locmap cimport STORES_MAX, LocationMap
 from fastcbw.cbw.room cimport Room
 from fastcbw.cbw.store cimport Store
 from fastcbw.kernels.atomic cimport load_acquire, load_relaxed, sub_seq
@@ -18,7 +18,7 @@ from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
 cdef enum:
     LINES = 256                 # one for each live thread, see csrc/threads.h
-    SNAPSHOTS_MAX = 62          # stores and chain positions; two are kept for stores that outlive their snapshot
+    SNAPSHOTS_MAX = 62          # chain positions
     DIRTY_MAX = 16              # named dirty bitmaps of a disk at once
     STRIPES = 64                # mutexes for those who wait for a claim
     RECENT = 1024               # first touches that the ring of a geometry remembers, a power of two
@@ -149,7 +149,7 @@ cdef class EngineState:
     cdef Epoch epochs[4]        # fixed: an enter may look at one that is over, never at one that is freed
     cdef uint64_t number        # of the present epoch (atomic, seq_cst)
     cdef uint64_t hold          # 1: new guest writes wait, for the few stores of a group's flips (atomic, seq_cst)
-    cdef Store *stores[64]      # by the number in location words (control; read while counted)
+    cdef Store *stores[STORES_MAX]      # by the number in location words (control; read while counted)
     cdef uint64_t kept          # RAM words that reads left, of all snapshots (atomic): 0, guest reads go straight to the disk
     cdef uint64_t word_gone     # epoch in which a word last went without a flip after it; set before its data is freed (atomic)
     cdef uint64_t trim_wanted   # 1: the keeper was asked to drop something (atomic)

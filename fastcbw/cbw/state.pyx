@@ -23,7 +23,7 @@ from fastcbw.bitmaps.dirty cimport dirty_mark
 from fastcbw.bitmaps.mapping cimport map_pages, unmap_pages
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.cbw.latency cimport latency_free, latency_init
-from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, map_leaf,
+from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, STORES_MAX, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, map_leaf,
                                  word_tag)
 from fastcbw.cbw.room cimport room_changed, room_destroy, room_init
 from fastcbw.cbw.store cimport Store, store_free
@@ -75,7 +75,7 @@ cdef class EngineState:
         latency_free(&self.latency, LINES)
         if self.lingering != NULL:
             snap_unref(self.lingering)
-        for i in range(64):
+        for i in range(STORES_MAX):
             if self.stores[i] != NULL:
                 store_free(self.stores[i])
         room_destroy(&self.room)

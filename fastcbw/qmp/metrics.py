@@ -49,6 +49,8 @@ DISK_METRICS = (
     Metric("lazy_recorded", "lazy_recorded_bytes_total", "bytes", "Bytes of guest discards that were recorded: no copy was made for them."),
     Metric("lazy_cancelled", "lazy_cancelled_bytes_total", "bytes", "Of these, cancelled by a later guest write."),
     Metric("lazy_carried_out", "lazy_carried_out_bytes_total", "bytes", "Of these, carried out when no snapshot needed them any more."),
+    Metric("inherited_ram_bytes", "inherited_ram_bytes", "bytes", "RAM in use by what ended snapshots have left to older ones."),
+    Metric("inherited_disk_bytes", "inherited_disk_bytes", "bytes", "Disk tiers in use by what ended snapshots have left to older ones."),
     Metric("lazy_failed", "lazy_failed_bytes_total", "bytes", "Of these, refused by the disk when they were carried out."),
 )
 
