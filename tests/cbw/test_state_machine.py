@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from model.plain import GuestWriteRefused, PlainBitmap, PlainDisk
 
+from fastcbw.block.fault import FaultDevice
 from fastcbw.block.memory import MemoryDevice
+from fastcbw.cbw.access import cluster_states
 from fastcbw.cbw.engine import Engine
 from fastcbw.errors import LimitReached, NotInSnapshot, SnapshotBroken
 from fastcbw.jobs.backup import BackupJob
@@ -30,7 +32,8 @@ CONFIG = settings(max_examples=int(EXAMPLES or 40), stateful_step_count=40, dead
 
 # No more than one round of the intercept (1 MiB), so that a write that finds no room preserved nothing at all.
 LENGTHS = st.sampled_from([1, 4095, 4096, 4097, 65 * 4096, 65 * 4096 + 1, 200_001, 3 * 65536 + 777, 63 * 4096 + 511, (1 << 20) - 1])
-ROOMS = st.sampled_from([0, 1, 2, 3, 16, 300])
+LAZY = 64       # of cluster_states
+ROOMS = st.sampled_from([0, 0, 1, 2, 3, 5, 16, 64])
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -40,11 +43,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(length=LENGTHS)
     def begin(self, length):
-        self.trimmed = []       # ranges that the guest discarded, ever
+        self.marked = []        # ranges that are marked changed although nothing is written there: discarded, or refused
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm", prefix="fastcbw-test-")
         self.length = length
         self.model = PlainDisk(length)
-        self.child = make_disk(self.kind, length, pathlib.Path(self.folder.name))
+        self.child = FaultDevice(make_disk(self.kind, length, pathlib.Path(self.folder.name)))
         self.engine = Engine(self.child)
         self.disk = guest_of(self.kind, self.engine)
         self.views = {}
@@ -60,7 +63,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     # -- the guest
 
-    def refused_alike(self, ours, models):
+    def refused_alike(self, ours, models, offset, length):
         """Both change the disk, or both refuse to."""
         try:
             ours()
@@ -70,8 +73,14 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             models()
             assert refused is None
-        except GuestWriteRefused:
-            assert refused is not None and refused.errno == errno.ENOSPC and "both tiers" in str(refused)
+        except GuestWriteRefused as why:
+            assert refused is not None and str(why) in str(refused)
+            assert refused.errno == (errno.EIO if "read" in str(why) else errno.ENOSPC)
+            self.marked.append((offset, offset + length))
+            if self.model.recorded:         # what it came by before it was refused is settled, and cancelled there
+                states = cluster_states(self.views[self.model.live[0].name])
+                size = self.model.cluster_size
+                self.model.recorded -= {c for c in range(offset // size, (offset + length - 1) // size + 1) if not states[c] & LAZY}
 
     @rule(data=st.data(), byte=st.integers(0, 255))
     def write(self, data, byte):
@@ -79,19 +88,48 @@ class EngineMachine(RuleBasedStateMachine):
         # No two neighbouring sectors alike, so that data of a wrong place shows.
         content = bytes((byte + i // 512) % 256 for i in range(0, length, 512))
         content = (b"".join(bytes([b]) * 512 for b in content))[:length] if byte else bytes(length)
-        self.change(lambda: self.disk.write(offset, content), lambda: self.model.write(offset, content), offset, length)
+        for begin, end in self.pieces(offset, length):
+            part = content[begin - offset : end - offset]
+            self.change(lambda: self.disk.write(begin, part), lambda: self.model.write(begin, part), begin, end - begin)
 
     @rule(data=st.data())
     def write_zeroes(self, data):
         offset, length = self.span(data)
-        self.change(lambda: self.disk.write_zeroes(offset, length), lambda: self.model.write_zeroes(offset, length), offset, length)
+        for begin, end in self.pieces(offset, length):
+            self.change(lambda: self.disk.write_zeroes(begin, end - begin), lambda: self.model.write_zeroes(begin, end - begin), begin, end - begin)
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), byte=st.integers(1, 255))
+    def write_where_the_disk_fails(self, data, byte):
+        """What is to be preserved of one cluster can't be read: on_cbw_error decides."""
+        size = self.model.cluster_size
+        offset = data.draw(st.integers(0, (self.length - 1) // size)) * size
+        content = bytes([byte]) * min(size, self.length - offset)
+        with self.child.fail_on("read", offset, len(content)):
+            self.change(lambda: self.disk.write(offset, content), lambda: self.model.write(offset, content, unreadable=True), offset, len(content))
+
+    @precondition(lambda self: self.model.live)
+    @rule(data=st.data(), byte=st.integers(1, 255))
+    def write_much(self, data, byte):
+        """More than small tiers have room for."""
+        offset = data.draw(st.integers(0, self.length // 4))
+        for begin, end in self.pieces(offset, self.length - offset):
+            content = bytes([byte]) * (end - begin)
+            self.change(lambda: self.disk.write(begin, content), lambda: self.model.write(begin, content), begin, end - begin)
+
+    def pieces(self, offset, length):
+        """Cluster by cluster where a snapshot may wait for room: of more at once some are preserved before there is none, and the model does not know which."""
+        size = self.model.cluster_size
+        if all(snapshot.on_full != "wait" for snapshot in self.model.live):
+            return [(offset, offset + length)]
+        return [(max(offset, c * size), min(offset + length, (c + 1) * size)) for c in range(offset // size, (offset + length - 1) // size + 1)]
 
     def change(self, ours, models, offset, length):
         """A write may give up snapshots, and meet the keeper, which carries discards out: of recorded clusters that it
         overwrites in part the other part is as before or zeroes, and marked or not."""
         live, size = len(self.model.live), self.model.recorded_size
         ends = {offset // size, (offset + length - 1) // size} & self.model.recorded if size else set()
-        self.refused_alike(ours, models)
+        self.refused_alike(ours, models, offset, length)
         self.finish_discards()
         if len(self.model.live) < live:
             for cluster in ends:
@@ -107,7 +145,7 @@ class EngineMachine(RuleBasedStateMachine):
     def discard(self, data):
         offset, length = self.span(data)
         self.disk.discard(offset, length)
-        self.trimmed.append((offset, offset + length))
+        self.marked.append((offset, offset + length))
         for begin, end in self.model.discard(offset, length):
             self.model.learn(begin, self.disk.read(begin, end - begin))
 
@@ -119,8 +157,9 @@ class EngineMachine(RuleBasedStateMachine):
     # -- snapshots
 
     @precondition(lambda self: len(self.views) < 5)
-    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS, on_full=st.sampled_from(["break-snapshot", "break-guest-write"]), data=st.data())
-    def snapshot(self, size, ram, log, on_full, data):
+    @rule(size=st.sampled_from([4096, 65536]), ram=ROOMS, log=ROOMS, on_full=st.sampled_from(["break-snapshot", "break-guest-write", "wait"]),
+          on_cbw_error=st.sampled_from(["break-snapshot", "break-guest-write"]), data=st.data())
+    def snapshot(self, size, ram, log, on_full, on_cbw_error, data):
         if not self.model.live:     # the keeper may still be ending what is broken; afterwards the size is free again
             wait_until(lambda: self.engine.cluster_size is None)
         size = self.model.cluster_size or size
@@ -128,7 +167,7 @@ class EngineMachine(RuleBasedStateMachine):
             ram = 1
         self.number += 1
         name = f"s{self.number}"
-        options = {"cluster_size": size, "ram": ram * size, "on_full": on_full}
+        options = {"cluster_size": size, "ram": ram * size, "on_full": on_full, "on_cbw_error": on_cbw_error}
         if log:
             options |= {"spill": self.folder.name, "spill_limit": 4096 + log * size}
         bitmaps = {}
@@ -140,7 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
         facts = self.engine.report(name)
         capacity = (facts["ram_limit"] + facts["disk_limit"]) // size
         assert ram <= capacity <= ram + log
-        self.model.snapshot(name, cluster_size=size, capacity=capacity, on_full=on_full, **bitmaps)
+        self.model.snapshot(name, cluster_size=size, capacity=capacity, on_full=on_full, on_cbw_error=on_cbw_error, **bitmaps)
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data(), ram=ROOMS, log_more=st.sampled_from([0, 1, 5]))
@@ -263,8 +302,8 @@ class EngineMachine(RuleBasedStateMachine):
         plain, size = data.draw(st.sampled_from(self.model.live)), self.model.cluster_size
         offset, length = self.span(data)
         clusters = range(offset // size, (offset + length - 1) // size + 1)
-        # What a discard has marked changed, recorded or dropped, is not dropped from RAM again: it may be carried out.
-        if any(begin < clusters.stop * size and end > clusters.start * size for begin, end in self.trimmed):
+        # What is marked changed is not dropped from RAM again: a discard may be carried out, and what was refused counts as written.
+        if any(begin < clusters.stop * size and end > clusters.start * size for begin, end in self.marked):
             return
         if not self.in_copy(plain, offset, length) or not all(any(plain.data[c * size : (c + 1) * size]) for c in clusters):
             return
@@ -342,14 +381,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_accounts_agree(self):
+        broken = [self.views[name] for name, plain in self.model.snapshots.items() if plain.broken]
+        wait_until(lambda: all(view.retired for view in broken))        # the keeper frees what they kept, also in stores of others
         for plain in self.model.live:
             wait_until(lambda: self.engine.flusher_idle)
             facts = self.engine.report(plain.name)
+            plain.dead = facts["disk_dead_bytes"] // facts["cluster_size"]
             assert facts["preserved_clusters"] == plain.preserved
             assert facts["zero_clusters"] == plain.preserved_zero
             assert facts["ram_bytes"] + facts["disk_bytes"] == self.model.held(plain) * facts["cluster_size"]
             assert facts["disk_bytes"] <= facts["disk_limit"]
-            if facts["disk_bytes"] < facts["disk_limit"]:       # the flusher has made room, or had no need to
+            if facts["disk_bytes"] + facts["disk_dead_bytes"] < facts["disk_limit"]:        # the flusher has made room, or had no need to
                 assert facts["ram_bytes"] <= facts["ram_limit"] * 3 // 4
             elif not facts["disk_limit"] and self.model.held(plain) <= plain.capacity:
                 assert facts["ram_bytes"] <= facts["ram_limit"]

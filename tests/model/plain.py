@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 
 
 class GuestWriteRefused(Exception):
-    """A snapshot is full, and its policy protects it from the guest."""
+    """A snapshot is full, or what it needs can't be read, and its policy protects it from the guest. The reason in words."""
 
 
 @dataclass
 class PlainSnapshot:
     """A copy of the disk. `kept`: cluster -> the snapshot in whose store its old data takes room; None: in none, zeroes.
 
+    dead: clusters of the capacity that can't be used just now, since what lay there has gone in part only; whoever drives the model says so.
     copy: the clusters that are in it; None: all. discarded: of some of them its reader has done with.
     """
 
     name: str
-    data: bytes
+    data: bytes = field(repr=False)
     capacity: int
+    dead: int = 0
     copy: frozenset[int] | None = None
     on_full: str = "break-snapshot"
+    on_cbw_error: str = "break-snapshot"
     broken: bool = False
     discarded: bool = False
     kept: dict[int, PlainSnapshot | None] = field(default_factory=dict)
@@ -78,9 +81,9 @@ class PlainDisk:
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self.data[offset : offset + length])
 
-    def write(self, offset: int, data: bytes) -> None:
-        """GuestWriteRefused when a snapshot's policy says so; then nothing is written."""
-        self._preserve(offset, len(data))
+    def write(self, offset: int, data: bytes, unreadable: bool = False) -> None:
+        """GuestWriteRefused when a snapshot's policy says so; then nothing is written. unreadable: what is there can't be read."""
+        self._preserve(offset, len(data), unreadable)
         if self.recorded:       # cancelled there
             self.recorded -= set(range(offset // self.recorded_size, -(-(offset + len(data)) // self.recorded_size)))
         self.data[offset : offset + len(data)] = data
@@ -138,11 +141,12 @@ class PlainDisk:
     # -- snapshots
 
     def snapshot(self, name: str, *, cluster_size: int, capacity: int, bitmap: str | None = None, new_bitmap: str | None = None,
-                 new_bitmap_granularity: int | None = None, on_full: str = "break-snapshot") -> PlainSnapshot:
+                 new_bitmap_granularity: int | None = None, on_full: str = "break-snapshot",
+                 on_cbw_error: str = "break-snapshot") -> PlainSnapshot:
         """capacity: clusters that both tiers together can hold."""
         self.cluster_size = self.recorded_size = cluster_size
         copy = None if bitmap is None else frozenset(self.bitmaps[bitmap].in_units(cluster_size, self.length))
-        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy, on_full)
+        self.snapshots[name] = PlainSnapshot(name, bytes(self.data), capacity, copy=copy, on_full=on_full, on_cbw_error=on_cbw_error)
         if new_bitmap is not None:
             inherited = 65536 if bitmap is None else self.bitmaps[bitmap].granularity
             self.bitmaps[new_bitmap] = PlainBitmap(new_bitmap_granularity or inherited)
@@ -177,10 +181,11 @@ class PlainDisk:
         if not self.live:
             self.cluster_size = None
 
-    def _preserve(self, offset: int, length: int) -> None:
+    def _preserve(self, offset: int, length: int, unreadable: bool = False) -> None:
         """Old data goes into the newest live snapshot that needs it; what does not fit breaks it, and the next is asked.
 
-        Clusters go in groups, one for each snapshot that needs some, in the order of the first cluster of each.
+        Clusters go in groups, one for each snapshot that needs some, in the order of the first cluster of each. Nobody frees
+        room here, so that to wait for it is an error at once. Of more than one cluster some would be preserved before it.
         """
         size = self.cluster_size or 1
         self._mark(offset, length)
@@ -188,9 +193,11 @@ class PlainDisk:
         while missing := [(self._needing(c), c) for c in asked if self._needing(c) is not None]:
             newest = missing[0][0]
             old = {c: any(self.data[c * size : (c + 1) * size]) for needing, c in missing if needing is newest}
-            if self.held(newest) + sum(old.values()) > newest.capacity and any(old.values()):
-                if newest.on_full == "break-guest-write":
-                    raise GuestWriteRefused(newest.name)
+            if unreadable or self.held(newest) + sum(old.values()) > newest.capacity - newest.dead and any(old.values()):
+                policy = newest.on_cbw_error if unreadable or newest.on_full == "wait" else newest.on_full
+                if policy == "break-guest-write":
+                    raise GuestWriteRefused("could not be read" if unreadable else "nothing that runs can free room"
+                                            if newest.on_full == "wait" else "both tiers at their limits")
                 # Some of it may have been preserved before there was no room; an older snapshot then has it already.
                 self.break_snapshot(newest.name)
                 if not self.live:
