@@ -87,6 +87,19 @@ CAUSES = {
     "preserved_by": ((None, Metric("preserved_by", "preserved_by_bytes_total", "bytes", "Bytes preserved, by what made it necessary.")),),
 }
 
+#: What features have saved: cause -> how a report's numbers give the bytes. A gauge: a recorded discard that a write cancels saved nothing.
+DISK_SAVED = {
+    "lazy-discard": lambda guest: guest["lazy_recorded"] - guest["lazy_cancelled"],
+    "ram-reads": lambda guest: guest["ram_read_bytes"],
+}
+SNAPSHOT_SAVED = {
+    "zeroes": lambda facts: facts["zero_clusters"] * facts["cluster_size"],
+    "copy-on-read": lambda facts: facts["copies_avoided"] * facts["cluster_size"],
+    "snapshot-discard": lambda facts: facts["discarded_bytes"],
+}
+SAVED_HELP = ("Bytes that were not copied, read or kept, by the feature that saved them: lazy-discard (no copy for a guest's discard), ram-reads (not "
+              "read from the device), zeroes (no room), copy-on-read (no copy at a first touch), snapshot-discard (not needed any more).")
+
 #: Of an NBD export's counters: the key is in `counters`.
 EXPORT_METRICS = tuple(Metric(key, f"{key}_total", unit, text) for key, unit, text in (
     ("requests", "requests", "Requests of NBD clients."),
@@ -105,12 +118,16 @@ def _known(table: tuple[Metric, ...], report: dict) -> list[tuple[Metric, float]
 
 
 class LatencyMeters:
-    """Latency of guest writes of every disk, measured from the first ask until nobody has asked for ASKED_SECONDS."""
+    """Latency of guest writes of every disk, measured from the first ask until nobody has asked for ASKED_SECONDS.
+
+    Of disks that the daemon serves, and of those under nodes; one that has gone, or come under a name again, begins anew. Lock order: the daemon's
+    change lock, then ours.
+    """
 
     def __init__(self, daemon):
         self._daemon = daemon
         self._lock = threading.Lock()
-        self._meters: dict[str, tuple[object, np.ndarray, float]] = {}      # disk: meter, sums, when it began
+        self._meters: dict[str, tuple[object, object, np.ndarray, float]] = {}      # name: disk, its meter, sums, when it began
         self._timer: threading.Timer | None = None
         self._asked = 0.0
         self._closed = False
@@ -120,17 +137,21 @@ class LatencyMeters:
 
         Sums since the beginning: who wants a rate subtracts. A beginning that is another than before says that they began anew.
         """
-        with self._lock:
+        with self._daemon.changing(), self._lock:
             if self._closed:
                 return {}
             self._asked = time.monotonic()
             if self._timer is None:
                 self._start_timer(ASKED_SECONDS)
             seen = {}
-            for name, disk in list(self._daemon.disks.items()):
-                meter, sums, began = self._meters.get(name) or (disk.latency_meter(), np.zeros((len(KINDS), len(LIMITS_NS)), np.uint64), time.time())
+            disks = self._daemon.live_disks()
+            for name in [name for name, (disk, *_) in self._meters.items() if disks.get(name) is not disk]:
+                self._meters.pop(name)[1].close()
+            for name, disk in disks.items():
+                _, meter, sums, began = self._meters.get(name) or (
+                    disk, disk.latency_meter(), np.zeros((len(KINDS), len(LIMITS_NS)), np.uint64), time.time())
                 sums = sums + meter.look()
-                self._meters[name] = meter, sums, began
+                self._meters[name] = disk, meter, sums, began
                 seen[name] = {"since": round(began, 3), **{
                     kind: [[int(LIMITS_NS[i]), int(sums[k, i])] for i in np.flatnonzero(sums[k])] for k, kind in enumerate(KINDS)}}
             return seen
@@ -151,7 +172,7 @@ class LatencyMeters:
                 self._start_timer(left)
 
     def _end(self) -> None:
-        for meter, _, _ in self._meters.values():
+        for _, meter, _, _ in self._meters.values():
             meter.close()
         self._meters.clear()
 
@@ -194,11 +215,15 @@ def prometheus(status: dict, latencies: dict[str, dict]) -> str:
         text.add("fastcbw_disk_length_bytes", "gauge", "Length of the disk.", disk["length"], disk=name)
         for metric, value in _known(DISK_METRICS, disk["guest"]):
             text.add(f"fastcbw_disk_{metric.name}", metric.type, metric.help, value * metric.scale, disk=name)
+        for cause, bytes_of in DISK_SAVED.items():
+            text.add("fastcbw_disk_saved_bytes", "gauge", SAVED_HELP, bytes_of(disk["guest"]), disk=name, cause=cause)
         for snapshot, facts in disk["snapshots"].items():
             text.add("fastcbw_snapshot_broken", "gauge", "1 when it was given up for the guest's sake.", int(facts.get("state") == "broken"),
                      disk=name, snapshot=snapshot)
             for metric, value in _known(SNAPSHOT_METRICS, facts):
                 text.add(f"fastcbw_snapshot_{metric.name}", metric.type, metric.help, value * metric.scale, disk=name, snapshot=snapshot)
+            for cause, bytes_of in SNAPSHOT_SAVED.items() if "cluster_size" in facts else ():      # not when it has just been deleted
+                text.add("fastcbw_snapshot_saved_bytes", "gauge", SAVED_HELP, bytes_of(facts), disk=name, snapshot=snapshot, cause=cause)
             for key, shown in CAUSES.items():
                 for cause, value in facts.get(key, {}).items():
                     for member, metric in shown:

@@ -140,6 +140,25 @@ def test_metrics_are_text_that_prometheus_reads(daemon, remote, snapshot):
     assert "fastcbw_snapshot_preserved_clusters_total{disk=\"a\",snapshot=\"s\"} 129\n" in text
 
 
+def test_metrics_say_what_each_feature_saved_in_bytes(daemon, remote):
+    disk = daemon.disks["a"]
+    disk.write(0, b"a" * (64 * K))          # and zeroes behind it
+    snapshot = daemon.create_snapshot("s", ["a"], ram="1M", cluster_size="4K", copy_on_read=True)[0]
+    snapshot.read(0, 2 * K)
+    disk.read(0, 2 * K)                     # from RAM
+    disk.write(0, b"n" * K)                 # found there
+    disk.write(100 * K, b"n" * 3 * K)       # zeroes
+    disk.discard(20 * K, 8 * K)             # recorded,
+    disk.write(20 * K, b"n" * K)            # and some of it cancelled
+    snapshot.discard(40 * K, 5 * K)
+    text = remote.metrics()
+    for sample, size in {'disk_saved_bytes{disk="a",cause="lazy-discard"}': 7 * K, 'disk_saved_bytes{disk="a",cause="ram-reads"}': 2 * K,
+                         'snapshot_saved_bytes{disk="a",snapshot="s",cause="zeroes"}': 3 * K,
+                         'snapshot_saved_bytes{disk="a",snapshot="s",cause="copy-on-read"}': K,
+                         'snapshot_saved_bytes{disk="a",snapshot="s",cause="snapshot-discard"}': 5 * K}.items():
+        assert f"fastcbw_{sample} {size}\n" in text, sample
+
+
 def test_the_table_of_counters_names_everything_that_is_reported(daemon, snapshot):
     """A number that somebody adds to a report belongs into the table, with its unit and its meaning."""
     from fastcbw.qmp.metrics import DISK_METRICS, SNAPSHOT_METRICS

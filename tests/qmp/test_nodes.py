@@ -60,6 +60,44 @@ def test_the_fleecing_sequence_of_qemu_works_as_it_is(daemon, disk, execute, tmp
     assert {node["node-name"] for node in execute("query-named-block-nodes")} == {"a", "b"}
 
 
+def test_metrics_and_latencies_are_of_disks_under_nodes_too(daemon, remote, disk, execute, tmp_path):
+    """A disk that only blockdev-add names is counted and measured as one that the daemon serves by itself, and goes with its node."""
+    add(execute, **CBW)
+    execute("block-export-add", type="nbd", id="vm", node_name="cbw", name="vm", writable=True)
+    (name,) = set(remote.status()["disks"]) - {"a", "b"}        # that of the node at the bottom
+    with Client(tmp_path / "nbd", "vm") as guest:
+        assert remote.latencies()[name]["preserving"] == []
+        guest.write(0, b"new!")                 # preserves
+        guest.write(0, b"new!" * 2)             # settled
+        kinds = remote.latencies()[name]
+        assert [sum(count for _, count in kinds[kind]) for kind in ("settled", "preserving")] == [1, 1]
+        text = remote.metrics()
+    for sample in (f'disk_guest_writes_total{{disk="{name}"}} 2', f'disk_guest_preserving_total{{disk="{name}"}} 1',
+                   f'disk_guest_write_seconds_count{{disk="{name}",kind="settled"}} 1',
+                   f'disk_guest_write_seconds_count{{disk="{name}",kind="preserving"}} 1',
+                   f'snapshot_ram_bytes{{disk="{name}",snapshot="cbw"}} 65536', f'disk_saved_bytes{{disk="{name}",cause="lazy-discard"}} 0'):
+        assert f"fastcbw_{sample}\n" in text, sample
+    execute("block-export-del", id="vm")
+    for node in ("cbw", "disk"):
+        execute("blockdev-del", node_name=node)
+    assert set(remote.latencies()) == {"a", "b"} and f'disk="{name}"' not in remote.metrics()
+
+
+def test_a_disk_that_comes_back_under_its_node_name_is_measured_anew(daemon, remote, disk, execute, tmp_path):
+    (tmp_path / "disk2.img").write_bytes(b"old!" * (LENGTH // 4))
+    for _ in range(2):
+        add(execute, driver="file", node_name="again", filename=str(tmp_path / "disk2.img"))
+        add(execute, **CBW | {"file": "again"})
+        assert remote.latencies()["again"]["settled"] == remote.latencies()["again"]["preserving"] == []
+        execute("block-export-add", type="nbd", id="vm", node_name="cbw", name="vm", writable=True)
+        with Client(tmp_path / "nbd", "vm") as guest:
+            guest.write(0, b"new!")
+        assert sum(count for _, count in remote.latencies()["again"]["preserving"]) == 1
+        execute("block-export-del", id="vm")
+        for node in ("cbw", "again"):
+            execute("blockdev-del", node_name=node)
+
+
 def test_an_unmodified_client_pushes_a_backup_from_a_snapshot_node(daemon, disk, execute, tmp_path):
     with open(tmp_path / "copy.img", "wb") as file:
         file.truncate(LENGTH)
