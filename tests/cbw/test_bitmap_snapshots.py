@@ -19,6 +19,7 @@ from fastcbw.errors import Error, NotInSnapshot
 LENGTH = (1 << 20) + 333
 CLUSTER = 65536
 SECONDS = float(os.environ.get("FASTCBW_RACE_SECONDS", 4))
+INSTANTS = 1000             # at least so many, of each of three kinds
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_no_write_is_missed_by_both_the_backup_and_the_new_bitmap(cluster_size, 
     number, split = 0, 0
     try:
         end = time.monotonic() + SECONDS / 3
-        while time.monotonic() < end or number < 20:
+        while time.monotonic() < end or number < INSTANTS:
             before = load.acknowledged_now
             load.sweep(0, 16 * 128)
             began = time.perf_counter() + rng.random() * 3e-4

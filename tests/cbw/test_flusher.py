@@ -192,9 +192,9 @@ POLICIES = [("break-snapshot", None), ("break-guest-write", errno.EIO)]
 @pytest.mark.parametrize("on_cbw_error, shown", POLICIES)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_with_an_error_at_any_write_to_the_disk_tier_nothing_is_lost_that_the_policy_protects(faults, on_cbw_error, shown, code):
-    """The n-th write to the log fails, once or for ever, for each n: flusher's or a guest's write-through, whoever makes it."""
+    """The n-th write to the log fails, once or for ever, for each n that there is: flusher's or a guest's write-through, whoever makes it."""
     for times in (1, -1):
-        for n in range(12):
+        for n in range(200):
             engine = Engine(faults)
             log_faults = FaultDevice(MemoryDevice(LENGTH * 16))
             now = bytearray(engine.device.read(0, LENGTH))
@@ -203,7 +203,7 @@ def test_with_an_error_at_any_write_to_the_disk_tier_nothing_is_lost_that_the_po
             failures = 0
             with log_faults.fail_on("write", errno=code, after=n, count=times):
                 for i in range(24):
-                    data = bytes([n + i + 1]) * 2 * K
+                    data = bytes([(n + i) % 255 + 1]) * 2 * K
                     offset = i * 7 % 31 * 2 * K
                     try:
                         engine.device.write(offset, data)
@@ -219,14 +219,20 @@ def test_with_an_error_at_any_write_to_the_disk_tier_nothing_is_lost_that_the_po
                 else:
                     assert shown is None and "disk tier could not be written" in view.broken
                 assert failures == engine.report("s")["refused_writes"] or view.broken
+                reached = log_faults.requests["write"] > n
             if shown is not None:       # what was refused is written when the tier has recovered
                 assert view.broken is None and view.read(0, LENGTH) == old
                 engine.device.write(0, b"!" * LENGTH)
                 assert view.read(0, LENGTH) == old
-            elif times == -1:
+            elif times == -1 and n < 8:
                 assert view.broken      # more than RAM holds
+            elif not reached:
+                assert view.broken is None
             engine.close()
             faults.write(0, old)
+            if not reached:
+                break
+        assert not reached and n > 10, "every write was failed once"
 
 
 def test_m_the_generation_tells_a_reader_that_its_slot_was_flushed_and_reused(shm_path):
@@ -373,3 +379,15 @@ def test_status_forecasts_the_time_to_full_while_it_fills(engine):
     seconds = engine.report("s")["seconds_to_full"]
     # Ten in a second at most, thirty to go; less when the machine was slow.
     assert 2.9 <= seconds <= 60
+
+
+def test_the_forecast_counts_both_tiers_and_what_came_free(engine, log):
+    view = engine.snapshot("s", ram=10 * K, spill=log, spill_limit=4096 + 20 * K)
+    write(engine, 0, b"n", 10)
+    assert engine.report("s")["seconds_to_full"] >= 1.9         # twenty to go
+    for cluster in range(10, 30):
+        write(engine, cluster, b"n")
+    assert engine.report("s")["seconds_to_full"] == 0
+    view.discard(0, LENGTH)
+    wait_idle(engine)
+    assert engine.report("s")["seconds_to_full"] is None        # as much came free as was taken

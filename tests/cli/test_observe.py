@@ -13,7 +13,10 @@ import zlib
 import pytest
 from cli_process import COMMAND, clean_environment, lines
 
+from fastcbw.cbw.latency import LIMITS_NS
+from fastcbw.cli import status, top
 from fastcbw.cli.map_picture import LEGEND, paint, png
+from fastcbw.export.nbd.client import Client
 from fastcbw.qmp.remote import connect
 
 K = 4096
@@ -24,7 +27,6 @@ def daemon(served, run, tmp_path):
     """The image, with a snapshot, of which the guest has changed two clusters: one of data, one of zeroes."""
     with connect(tmp_path / "nbd.qmp") as remote:
         remote.snapshot("s", ["vm"], ram="1M", cluster_size="4K")
-        from fastcbw.export.nbd.client import Client
         with Client(str(tmp_path / "nbd"), "vm") as guest:
             guest.write(8 * K, b"n" * K)
             guest.write(512 * K, b"n" * K)
@@ -107,6 +109,32 @@ def test_top_once_reports_rates_tiers_and_latencies(daemon, run):
         assert done.returncode == 2 and "--interval" in done.stderr
 
 
+def test_top_splits_the_latencies_of_guest_writes_by_whether_they_preserved(daemon, tmp_path):
+    before = top.look(daemon)
+    with Client(str(tmp_path / "nbd"), "vm") as guest:
+        for cluster in (8, 9, 8, 10, 8, 8):         # the fixture has written 8
+            guest.write(cluster * K, b"m" * K)
+    now = top.look(daemon)
+    disk = top.compare(before, now)["disks"]["vm"]
+    assert {kind: of["count"] for kind, of in disk["latency_us"].items()} == {"settled": 4, "preserving": 2}
+    for of in disk["latency_us"].values():
+        assert 0 < of["p50"] <= of["p99"] <= of["p99.9"]
+    assert disk["preserving_per_s"] > 0
+
+    # The figures are those of the interval alone, each kind's own.
+    ns = [int(limit) for limit in LIMITS_NS]
+    before["latencies"]["vm"] = {"since": 1.0, "settled": [[ns[40], 1000], [ns[200], 50]], "preserving": []}
+    now["latencies"]["vm"] = {"since": 1.0, "settled": [[ns[40], 1900], [ns[100], 95], [ns[200], 55]], "preserving": [[ns[150], 7]]}
+    report = top.compare(before, now)
+    latency = report["disks"]["vm"]["latency_us"]
+    assert latency["settled"] == {"count": 1000, "p50": ns[40] / 1000, "p99": ns[100] / 1000, "p99.9": ns[200] / 1000}
+    assert latency["preserving"] == {"count": 7, **dict.fromkeys(("p50", "p99", "p99.9"), ns[150] / 1000)}
+    rows = [line.split() for line in top.lines(report)]
+    assert any(row[:1] == ["vm"] and "settled" in row for row in rows) and any(row[:1] == ["preserving"] for row in rows)
+    before["latencies"]["vm"]["since"] = 0.5        # measuring began anew in between: all that was measured since
+    assert top.compare(before, now)["disks"]["vm"]["latency_us"]["settled"]["count"] == 2050
+
+
 def test_top_paints_a_terminal_until_ctrl_c(daemon, tmp_path):
     """On a pseudo-terminal: it repaints in place, and Ctrl-C ends it with the cursor shown again."""
     leader, follower = pty.openpty()
@@ -130,6 +158,16 @@ def test_top_paints_a_terminal_until_ctrl_c(daemon, tmp_path):
     assert process.wait(60) == 130
     os.close(leader)
     assert seen.startswith(b"\x1b[2J") and b"vm@s" in seen and seen.rstrip().endswith(b"\x1b[?25h")
+
+
+def test_status_and_top_say_when_the_tiers_are_full(daemon):
+    facts = daemon.status()["disks"]["vm"]["snapshots"]["s"]
+    assert "full in 75 s at the present rate" in status._remarks(facts | {"seconds_to_full": 75.2})
+    assert not any("full in" in remark for remark in status._remarks(facts | {"seconds_to_full": None}))
+    seen = top.look(daemon)
+    for seconds, words in ((75.2, "75 s"), (600, "10 min"), (None, "-")):
+        seen["status"]["disks"]["vm"]["snapshots"]["s"]["seconds_to_full"] = seconds
+        assert [line for line in top.lines(top.compare(seen, seen | {"at": seen["at"] + 1})) if line.startswith("vm@s ")][0].endswith(words)
 
 
 def test_status_prints_prometheus_text(daemon, run):

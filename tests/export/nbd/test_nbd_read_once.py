@@ -137,6 +137,20 @@ def test_a_reply_that_could_not_be_sent_consumes_nothing(disk, path, delay, leng
     assert snap.status()["discarded_bytes"] == length
 
 
+@pytest.mark.parametrize("structured", [True, False])
+def test_a_reply_of_which_a_part_was_sent_consumes_nothing(disk, path, structured):
+    """The client takes the beginning of a reply that is larger than the socket holds, and goes: not even that part is gone."""
+    snap = disk.snapshot("s", export="read-once")
+    client = connect(path, structured=structured)
+    client.send(c.CMD_READ, 0, LENGTH)
+    assert len(client.sock.recv(K, socket.MSG_WAITALL)) == K
+    client.sock.close()
+    with connect(path) as again:
+        assert again.read(0, LENGTH) == b"o" * LENGTH
+        again.flush()
+    assert snap.status()["discarded_bytes"] == LENGTH
+
+
 def test_two_connections_consume_disjoint_parts(disk, path):
     snap = disk.snapshot("s", export="read-once")
     disk.write(0, b"n" * LENGTH)
