@@ -2,6 +2,7 @@
 
     python benchmarks/orders.py                 the table of docs/copy-order.md
     python benchmarks/orders.py --size smoke    seconds, for the tests
+    python benchmarks/orders.py --order disk-early,hot-first        the row of one, beside sequential; may be repeated
 
 The engine is the real one, on memory; time is not. A tick is what the target needs for 16 KiB, and in each tick the guest makes a number of
 writes from a seeded pattern; a request to the target costs some ticks by itself. What has arrived at the target is discarded from the
@@ -94,13 +95,13 @@ def pieces(view, order):
         yield piece
 
 
-def table(size):
-    """Yield the lines of the table; AssertionError when a copy differs."""
+def table(size, chosen=ORDERS):
+    """Yield the lines of the table, of CHOSEN orders and sequential; AssertionError when a copy differs."""
     length = SIZES[size]
     yield "| order | " + " | ".join(f"{name}: peak | copies" for name in PATTERNS) + " |"
     yield "|---|" + "---|" * (2 * len(PATTERNS))
     base = {}
-    for order in ORDERS:
+    for order in dict.fromkeys([ORDERS[0], *chosen]):
         cells = []
         for pattern in PATTERNS:
             peak, copies, right = run(order, pattern, length, length // 128)
@@ -114,6 +115,8 @@ def table(size):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="full")
-    for line in table(parser.parse_args().size):
+    parser.add_argument("--order", choices=ORDERS, action="append", help="only this one, beside sequential; may be repeated")
+    arguments = parser.parse_args()
+    for line in table(arguments.size, arguments.order or ORDERS):
         print(line, flush=True)
     sys.exit(0)
