@@ -42,7 +42,7 @@ from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, 
                                 store_new, store_room)
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
-from fastcbw.sync cimport now_ns, sleep_ns
+from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
 from fastcbw.cbw.spill import open_spill
@@ -368,6 +368,24 @@ cdef class Engine:
         """Whether no copy to DEVICE, a snapshot's disk tier, is under way or hangs, and none from it."""
         with self.control:
             return not any(log is device and self.pins_of(index) for index, (log, _) in self.logs.items())
+
+    def heirs_of_tier(self, name, device):
+        """Return the names of the live snapshots older than NAME, when DEVICE, its disk tier, holds anything that they may come to need."""
+        with self.control:
+            if not any(log is device and self.is_holding(index) for index, (log, _) in self.logs.items()):
+                return []
+            names = list(self.snapshots)
+            return [older for older in names[: names.index(name)] if not (<SnapshotDevice>self.snapshots[older]).retired]
+
+    cdef bint is_holding(self, int index) except -1:
+        cdef Store *store = self.state.stores[index]
+        cdef int64_t used
+        if store == NULL:
+            return False
+        pthread_mutex_lock(&store.lock)
+        used = store.log_used
+        pthread_mutex_unlock(&store.lock)
+        return used != 0
 
     cdef uint64_t pins_of(self, int index):
         return load_seq(&self.state.stores[index].pins) if self.state.stores[index] != NULL else 0

@@ -91,8 +91,7 @@ class Graph:
             self._leaving.append(node)
             return
         self._check_unused(node, [])
-        for going in self._going([node]):
-            going.kind.settle(going)
+        self._settle(self._going([node]))
         self._close(node)
         self._refresh()
 
@@ -148,22 +147,29 @@ class Graph:
     def settle_leaving(self) -> None:
         """Within a transaction, once it can't fail otherwise: have what is to go do what may fail before."""
         if not self._settled:
-            for node in self.to_settle():
-                node.kind.settle(node)
+            self._settle(self.to_settle())
             self._settled = True
+
+    @staticmethod
+    def _settle(going: list[Node]) -> None:
+        for node in going:
+            node.kind.check_leave(node, going)
+        for node in going:
+            node.kind.settle(node)
 
     def _check_leaving(self, leaving: list[Node]) -> None:
         """Check the graph as it will be without LEAVING; nothing is closed."""
         for node in leaving:
             self._check_unused(node, leaving)
         edges = [edge for node in leaving for edge in node.children.values()]
+        before = {edge.child: list(edge.child.parents) for edge in edges}
         for edge in edges:
             edge.child.parents.remove(edge)
         try:
             self._refresh()
         finally:
-            for edge in edges:
-                edge.child.parents.append(edge)
+            for child, parents in before.items():
+                child.parents[:] = parents
 
     def _on_undo(self, step: Callable[[], None]) -> None:
         if self._undo is not None:

@@ -140,6 +140,37 @@ def test_the_node_stays_while_a_write_of_old_data_hangs(daemon, execute, monkeyp
     execute("transaction", actions=take_out)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_store_that_an_older_snapshot_has_come_to_need_stays(daemon, execute, tmp_path, together):
+    """Old data is in the newest snapshot's store, and the word for it is the older one's when that ends."""
+    for name in ("disk", "t1", "t2"):
+        (tmp_path / name).write_bytes(bytes(2 * LENGTH))
+        execute("blockdev-add", driver="file", node_name=name, filename=str(tmp_path / name))
+    execute("block-export-add", type="nbd", id="vm", node_name="disk", name="vm", writable=True)
+    move = {number: {"type": "fastcbw-replace", "data": {"parent": "vm", "node": node}} for number, node in enumerate(("disk", "cbw1", "cbw2"))}
+    go = {number: [{"type": "blockdev-del", "data": {"node-name": f"{name}{number}"}} for name in ("cbw", "t")] for number in (1, 2)}
+    with Client(tmp_path / "nbd", "vm") as guest:
+        guest.write(0, b"old!" * 64 * K)
+        for number, below in ((1, "disk"), (2, "cbw1")):
+            cbw = {"driver": "copy-before-write", "node-name": f"cbw{number}", "file": below, "target": f"t{number}", "ram": 0}
+            execute("transaction", actions=[{"type": "blockdev-add", "data": cbw}, move[number]])
+        execute("blockdev-add", driver="snapshot-access", node_name="snap", file="cbw1")
+        guest.write(0, b"new!" * 64 * K)
+        before = execute("fastcbw-graph")
+        with pytest.raises(Error, match="node 'cbw2': its node 't2' holds what the older snapshot cbw1 needs"):
+            execute("transaction", actions=[move[1], *go[2]])
+        assert execute("fastcbw-graph") == before and daemon.nodes.graph.find("snap").device.read(0, 256 * K) == b"old!" * 64 * K
+        execute("blockdev-del", node_name="snap")
+        if together:
+            execute("transaction", actions=[move[0], *go[2], *go[1]])
+        else:
+            execute("fastcbw-replace", parent="vm", node="cbw2")
+            with pytest.raises(Error, match="Node cbw1 is in use: by node 'cbw2'"):
+                execute("blockdev-del", node_name="cbw1")
+            execute("transaction", actions=[move[0], *go[1], *go[2]])
+        assert guest.read(0, 4) == b"new!"
+
+
 @pytest.mark.parametrize("options", [{}, {"ram": 0}, {"ram": 0, "discard-source": True}])
 def test_the_target_is_the_disk_at_the_instant_under_a_verifying_writer(tmp_path, options):
     """Files; a guest on NBD at queue depth 16 that reads back what it has written; compared by qemu-img with a copy made at the instant."""

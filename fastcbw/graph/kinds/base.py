@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastcbw.graph.options import NodeOption
@@ -38,6 +39,9 @@ class Kind:
 
     def give_up(self, node: Node) -> None:
         """Have requests that NODE's device does not answer fail: the process is about to end, and a job waits for them."""
+
+    def check_leave(self, node: Node, going: Sequence[Node]) -> None:
+        """Error when NODE can't go though nobody uses it. GOING: all that go with it."""
 
     def settle(self, node: Node) -> None:
         """Do what may fail before NODE goes; nobody uses it. An error keeps it."""

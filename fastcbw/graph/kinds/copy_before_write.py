@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastcbw.errors import Error
@@ -61,8 +62,16 @@ class CopyBeforeWrite(Kind):
             raise Error(f"node '{node.name}': {error}") from None
         node.snapshot.set_policy(on_full=policy, on_cbw_error=policy)
 
-    def settle(self, node: Node) -> None:
-        """A write of old data that hangs in a target that is to be a backup would land there later, whoever has it by then."""
+    def check_leave(self, node: Node, going: Sequence[Node]) -> None:
+        """What is in the target stays there for older snapshots. And a write of old data that hangs in a target that is to be a backup would
+        land there later, whoever has it by then."""
+        if node.snapshot is None:
+            return
+        leaving = [other.snapshot.name for other in going if other.snapshot is not None]
+        heirs = [name for name in node.disk()._engine.heirs_of_tier(node.snapshot.name, node.joints["target"]) if name not in leaving]
+        if heirs:
+            raise Error(f"node '{node.name}': its node '{node.children['target'].child.name}' holds what the older snapshot {', '.join(heirs)} "
+                        "needs (remove that first, or both as one)")
         if is_in_place(node) and not _is_quiet(node):
             raise Error(f"node '{node.name}': a write of old data to node '{node.children['target'].child.name}' is under way, and does not end "
                         f"within {HOLD_SECONDS:g} s (try again when its device answers)")
