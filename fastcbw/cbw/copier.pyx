@@ -352,7 +352,7 @@ cdef class Copier:
         cdef int code
         if load_seq(&self.cancelled) or load_seq(&self.failed):
             return False
-        code = self.order.next(piece)
+        code = self.order.next(piece, self.pace.gather())
         if code < 0:
             self.note_error(code, DOING_STATUS, piece.offset, self.source.length - piece.offset)
         return code > 0

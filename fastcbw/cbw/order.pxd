@@ -64,18 +64,19 @@ cdef class Order:
     cdef uint64_t skipped               # bytes that are not in the snapshot, so in no piece (atomic)
 
     # The next piece: 1; 0 when everything was handed out; -errno when the block status at piece.offset can't be had.
-    # Any thread. Each byte of the source is in one piece, but for what is not in the snapshot.
-    cdef int next(self, Piece *piece) noexcept nogil
+    # gather: bytes that a short piece may be widened to over its neighbours, if that is more than usual. Any thread. Each byte of the source is in one
+    # piece, but for what is not in the snapshot.
+    cdef int next(self, Piece *piece, int64_t gather) noexcept nogil
 
     # With stored_only: has there been a first touch since the last again() (a hint); look from the beginning once more. Any thread.
     cdef bint arrived(self) noexcept nogil
     cdef void again(self) noexcept nogil
 
-    cdef int next_locked(self, Piece *piece) noexcept nogil
+    cdef int next_locked(self, Piece *piece, int64_t gather) noexcept nogil
     cdef bint choose(self, Run *run, int64_t limit, int64_t part) noexcept nogil
     cdef bint choose_stored(self, Run *run, int64_t limit) noexcept nogil
     cdef bint choose_arrival(self, Run *run, int64_t limit, int64_t part) noexcept nogil
-    cdef bint choose_hot(self, Run *run, int64_t limit) noexcept nogil
+    cdef bint choose_hot(self, Run *run, int64_t limit, int64_t part) noexcept nogil
     cdef void gather(self, Run *run, int64_t part) noexcept nogil
     cdef bint walk(self, int kinds, int64_t first, int64_t end, int64_t limit, Run *run) noexcept nogil
     cdef int64_t stretch(self, const Epoch *epoch, int kinds, int64_t first, int64_t end, int64_t *leaf, uint64_t *mask, uint64_t *ram) noexcept nogil

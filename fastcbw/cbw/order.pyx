@@ -8,8 +8,8 @@ it has become: every cluster is handed out once. While a later class is being wa
 touches are looked for in the geometry's ring (heat.pxd) before every choice, the rest by beginning its walk again after
 AGAIN runs. `hot` clusters are found by the heat table, not by a walk.
 
-Runs are as long as a chunk. A short run takes its neighbours along, up to GATHER of a chunk, whatever their class: a target wants
-large writes, and a disk a few more bytes rather than one more request.
+Runs are as long as a chunk. A short run takes its neighbours along, whatever their class: a target wants large writes, and a disk a few more
+bytes rather than one more request. Up to GATHER of a chunk, and more where the pace says so: where a target is worth much in flight (pace.pyx).
 
 What it costs: summary bitmaps and leaves of location maps that exist, so what was preserved; what no store holds is a stretch between leaves;
 `taken` marks whole pages by one bit. A walk over a 64 TiB disk of holes touches a few pages. What a snapshot was made without (`copy` from a
@@ -122,14 +122,14 @@ cdef class Order:
 
     # -- pieces
 
-    cdef int next(self, Piece *piece) noexcept nogil:
+    cdef int next(self, Piece *piece, int64_t gather) noexcept nogil:
         cdef int code
         pthread_mutex_lock(&self.lock)
-        code = self.next_locked(piece)
+        code = self.next_locked(piece, gather)
         pthread_mutex_unlock(&self.lock)
         return code
 
-    cdef int next_locked(self, Piece *piece) noexcept nogil:
+    cdef int next_locked(self, Piece *piece, int64_t gather) noexcept nogil:
         cdef Run run
         cdef int64_t end, at, got, whole, limit
         cdef int64_t size = (<int64_t>1) << self.bits
@@ -143,7 +143,7 @@ cdef class Order:
             self.rest_begin += piece.length
             return 1
         limit = (self.chunk + size - 1) >> self.bits
-        while self.choose(&run, limit, limit // GATHER):
+        while self.choose(&run, limit, min(max(gather, self.chunk // GATHER), self.chunk) >> self.bits):
             piece.offset = run.first << self.bits
             piece.zero = False
             piece.in_ram = run.in_ram
@@ -216,7 +216,7 @@ cdef class Order:
             if self.classes.of_kind[RAM] == c and self.classes.of_kind[COLD] != c and self.choose_arrival(run, limit, part):
                 return True
             if self.classes.of_kind[HOT] == c and self.classes.of_kind[COLD] != c:
-                if self.choose_hot(run, limit):
+                if self.choose_hot(run, limit, part):
                     return True
             kinds = 0
             for kind in range(KINDS):
@@ -276,7 +276,7 @@ cdef class Order:
             self.arrivals += 1
         return False
 
-    cdef bint choose_hot(self, Run *run, int64_t limit) noexcept nogil:
+    cdef bint choose_hot(self, Run *run, int64_t limit, int64_t part) noexcept nogil:
         """A run of the hottest region that has one which is in no store."""
         cdef int64_t first, end
         cdef int hottest
@@ -289,6 +289,8 @@ cdef class Order:
             end = first + ((<int64_t>1) << self.heat.region_bits)
             if self.walk(SET_NOWHERE, first, end if end < self.clusters else self.clusters, limit, run):
                 run.of_class = self.classes.of_kind[HOT]
+                if part > limit // GATHER:
+                    self.gather(run, part)
                 return True
             heat_forget(&self.heat, hottest)        # all of it is copied or preserved; a new touch brings it back
 
@@ -443,7 +445,7 @@ cdef class Order:
         cdef int code
         self.source.check_open()
         with nogil:
-            code = self.next(&piece)
+            code = self.next(&piece, 0)
         if code < 0:
             self.source.fail(code, "block status", piece.offset, self.source.length - piece.offset)
         return (piece.offset, piece.length) if code else None

@@ -48,8 +48,11 @@ cdef class Pace:
     cdef void read_begin(self) noexcept nogil           # waits while as many as may are reading
     cdef void read_end(self) noexcept nogil
     cdef void stop(self, bint at_once) noexcept nogil   # take() gives nothing any more, and at_once: nor does step()
+    cdef int64_t gather(self) noexcept nogil            # bytes that a short piece may be widened to; 0: as usual
     cdef uint64_t rate_now(self) noexcept nogil
+    cdef bint round_is_over(self, int64_t now) noexcept nogil
     cdef void judge(self, int64_t now) noexcept nogil
+    cdef void climb(self, int level, double rate) noexcept nogil
     cdef void begin_round(self, int64_t now) noexcept nogil
     cdef void hold(self, int level) noexcept nogil
     cdef void probe(self) noexcept nogil

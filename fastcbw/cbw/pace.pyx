@@ -3,10 +3,14 @@
     worker:  take ─▶ next piece ─▶ ( step ─▶ read_begin ─ read ─ read_end ─▶ write ─▶ moved )* ─▶ give
 
 Bytes in flight. More of them help until the target's latency is hidden; from then on they only wait in a queue, cost memory, delay a
-cancel and stand in front of the guest where it shares the queue. So the job begins with one worker, and doubles them as long as a
-round shows more throughput for it; then it stays, and now and then tries one level up (kept when it gains) and one down
+cancel and stand in front of the guest where it shares the queue. So the job begins with one worker, and climbs: four times as many bytes in
+flight as long as a round shows nearly as many times the throughput for it, twice as many while it shows some, and back where it was too far. A round of the climb lasts about one
+latency of the target: from the change of the level until as many pieces have ended as began with it, so that few
+bytes are moved before the target's latency is hidden. Then the job stays, and now and then tries one level up (kept when it gains) and one down
 (kept when it loses nothing). What is found is about latency x bandwidth of the target, without measuring either. Workers above the level
 sleep. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
+
+A target that is worth many bytes in flight is worth large writes, too: gather() says how long a short piece may be made by its neighbours.
 
 Rate. A token bucket in the form of a due time: a piece pushes it by length / rate, and nobody begins before it. It may lag by BURST_NS,
 so that a pause in the work is not made up for in one go. The lower one of the user's and the guest's counts.
@@ -20,7 +24,7 @@ from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broa
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
-    CLIMB = 0                   # doubling
+    CLIMB = 0                   # twice or four times as much at a time
     HOLD = 1
     PROBE_UP = 2
     PROBE_DOWN = 3
@@ -29,9 +33,11 @@ cdef enum:
     SKIP_ROUNDS = 10            # rounds between two probes
 
 cdef int64_t ROUND_NS = 50000000
+cdef int64_t CLIMB_NS = 25000000
 cdef int64_t PIECE_NS = 200000000
 cdef int64_t BURST_NS = 50000000
-cdef double CLIMB_GAIN = 1.15   # a doubling of what is in flight has to give at least this
+cdef double CLIMB_GAIN = 1.15   # a step of the climb has to give at least this
+cdef double STEEP_GAIN = 0.7    # this part of what a step could give at most, or more: the next step is four times as much
 cdef double UP_GAIN = 1.06      # one level more, about a quarter
 cdef double DOWN_LOSS = 0.97
 
@@ -100,6 +106,8 @@ cdef class Pace:
                 self.round_void = True
                 cond_wait_until(&self.changed, &self.mutex, self.due_ns)
                 continue
+            if self.phase == CLIMB and self.round_ns == 0:
+                self.begin_round(now_ns())      # the first piece of all; later ones begin with the level
             length = self.levels[self.level].piece
             if rate:
                 while length > PIECE_MIN and <uint64_t>length > rate // 8:     # a low rate is a steady one, too
@@ -139,7 +147,7 @@ cdef class Pace:
         else:
             self.round_bytes += length
             self.round_pieces += 1
-            if now - self.round_ns >= ROUND_NS and self.round_pieces >= 2 * self.levels[self.level].workers:
+            if self.round_is_over(now):
                 self.judge(now)
                 pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.mutex)
@@ -164,19 +172,27 @@ cdef class Pace:
         self.round_pieces = 0
         self.round_void = False
 
+    cdef bint round_is_over(self, int64_t now) noexcept nogil:
+        if self.phase == CLIMB:
+            return now - self.round_ns >= CLIMB_NS and self.round_pieces >= self.levels[self.level].workers
+        return now - self.round_ns >= ROUND_NS and self.round_pieces >= 2 * self.levels[self.level].workers
+
     cdef void go_to(self, int level) noexcept nogil:
         if level == self.level:
             self.begin_round(now_ns())
             return
-        self.to_skip = self.busy
+        self.to_skip = self.busy - 1        # but for the worker that is judging: it has just ended a step
         self.level = level
-        self.round_ns = 0
+        if self.phase == CLIMB:
+            # What was under way is not counted, and slows the others down: a climb that gains nothing ends rather too early.
+            self.begin_round(now_ns())
+        else:
+            self.round_ns = 0
 
     cdef void judge(self, int64_t now) noexcept nogil:
         """A round has ended: what does it say of the level?"""
         cdef double rate = <double>self.round_bytes * 1e9 / <double>(now - self.round_ns)
         cdef int level = self.level
-        cdef int next_level
         if (now - self.round_ns) // self.round_pieces * self.levels[level].workers > PIECE_NS and self.levels[level].workers == 1 and level > 0:
             # Slower than a piece in PIECE_NS: smaller ones, at once.
             self.phase = HOLD
@@ -185,18 +201,7 @@ cdef class Pace:
             self.go_to(level - 1)
             return
         if self.phase == CLIMB:
-            if self.best_rate == 0 or rate > self.best_rate * CLIMB_GAIN:
-                self.best_rate = rate
-                self.best_level = level
-                next_level = level
-                while next_level + 1 < self.levels_count and self.flight(next_level) < 2 * self.flight(level):
-                    next_level += 1
-                if next_level == level:
-                    self.hold(level)
-                else:
-                    self.go_to(next_level)
-            else:
-                self.hold(self.best_level)
+            self.climb(level, rate)
         elif self.phase == HOLD:
             self.best_rate += (rate - self.best_rate) * 0.3
             self.rounds += 1
@@ -216,8 +221,40 @@ cdef class Pace:
                 self.best_level = level         # best_rate stays: a little less each time would add up
             self.hold(self.best_level)
 
+    cdef void climb(self, int level, double rate) noexcept nogil:
+        """LEVEL gives RATE: more, or enough?"""
+        cdef double gain = rate / self.best_rate if self.best_rate else 1
+        cdef double most = <double>self.flight(level) / <double>self.flight(self.best_level)
+        cdef int times = 4 if gain >= most * STEEP_GAIN else 2
+        cdef int next_level = level
+        if self.best_rate and gain <= CLIMB_GAIN:
+            self.hold(self.best_level)
+        elif gain < most / 2:
+            # The step was too long: as much less in flight as it gave less.
+            while next_level > self.best_level + 1 and self.flight(next_level - 1) >= gain * self.flight(self.best_level):
+                next_level -= 1
+            self.best_rate = rate
+            self.best_level = next_level
+            self.hold(next_level)
+        else:
+            self.best_rate = rate
+            self.best_level = level
+            while next_level + 1 < self.levels_count and self.flight(next_level) < times * self.flight(level):
+                next_level += 1
+            if next_level == level:
+                self.hold(level)
+            else:
+                self.go_to(next_level)
+
     cdef int64_t flight(self, int level) noexcept nogil:
         return self.levels[level].workers * self.levels[level].piece
+
+    cdef int64_t gather(self) noexcept nogil:
+        cdef int64_t length
+        pthread_mutex_lock(&self.mutex)
+        length = min(self.levels[self.level].piece, self.flight(self.level) // 8) if self.levels_count > 1 else 0
+        pthread_mutex_unlock(&self.mutex)
+        return length
 
     cdef void hold(self, int level) noexcept nogil:
         self.phase = HOLD

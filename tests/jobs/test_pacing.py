@@ -11,6 +11,7 @@ import pytest
 import fastcbw
 from fastcbw.block.delay import DelayDevice
 from fastcbw.block.memory import MemoryDevice
+from fastcbw.block.python import Device, PythonDevice
 from fastcbw.cbw.latency import KINDS, LIMITS_NS, bucket_of
 from fastcbw.cbw.pace import Pace
 from fastcbw.errors import JobCancelled
@@ -112,6 +113,49 @@ def test_a_target_with_latency_gets_more_in_flight_and_a_slow_one_little():
             most.append((max(seen), sorted(seen)[len(seen) // 2]))
         (latent, _), (_, slow) = most
         assert latent >= 4 * 256 * 1024 and slow <= 2 * 256 * 1024
+
+
+class Recorder(Device):
+    """Writes that are late: how long each was, and how many had begun when sixteen were under way for the first time."""
+
+    def __init__(self, length):
+        self.length, self.lengths = length, []
+        self.begun_at_sixteen = None
+        self._lock, self._under_way = threading.Lock(), 0
+
+    def read(self, offset, length):
+        return bytes(length)
+
+    def write(self, offset, data):
+        with self._lock:
+            self.lengths.append(len(data))
+            self._under_way += 1
+            if self._under_way == 16 and self.begun_at_sixteen is None:
+                self.begun_at_sixteen = len(self.lengths)
+        time.sleep(0.03)
+        with self._lock:
+            self._under_way -= 1
+
+
+def test_latency_is_hidden_after_a_few_round_trips():
+    """One worker, four, sixteen: not several round trips for each doubling, by which 75 writes had begun."""
+    recorder = Recorder(48 * MIB)
+    with fastcbw.open(filled(48 * MIB), name="large") as disk:
+        disk.snapshot("s").backup(PythonDevice(recorder)).wait(60)
+    assert recorder.begun_at_sixteen <= 60
+
+
+def test_what_the_guest_scatters_goes_in_large_writes_where_much_is_under_way():
+    """Every 128 KiB have a touched cluster, which goes first: with its neighbours, else each would cost a latency."""
+    length = 64 * MIB
+    recorder = Recorder(length)
+    with fastcbw.open(filled(length), name="large") as disk:
+        snapshot = disk.snapshot("s", ram="16M")
+        for offset in range(0, length, 32 * K):
+            disk.write(offset, b"new")
+        snapshot.backup(PythonDevice(recorder)).wait(60)
+    assert sum(recorder.lengths) == length
+    assert sorted(recorder.lengths)[len(recorder.lengths) // 2] >= 64 * K
 
 
 def test_what_is_in_flight_has_a_limit():
