@@ -60,6 +60,7 @@ EXTENSIONS = [
     "fastcbw.cbw.pace",
     "fastcbw.cbw.notifier",
     "fastcbw.cbw.landed",
+    "fastcbw.cbw.notified",
     "fastcbw.cbw.offload",
     "fastcbw.cbw.kinds",
     "fastcbw.cbw.heat",

@@ -26,19 +26,23 @@ def add_parser(verbs) -> None:
                     "backup's time, bytes moved, memory. Every backup is compared with the disk at its instant. What is not installed is "
                     "said so in its row. docs/comparison.md tells how to read it.")
     parser.add_argument("--quick", action="store_true", help="a few schemes, within a minute (default)")
-    parser.add_argument("--full", action="store_true", help=f"the whole matrix, hours; kept in ./{FOLDER}, and goes on there when it is begun again")
+    parser.add_argument("--full", action="store_true",
+                        help="every scheme, load and target, not each with each: about 35 minutes; "
+                             f"kept in ./{FOLDER}, and goes on there when it is begun again")
+    parser.add_argument("--cross", action="store_true", help="with --full: each with each, for hours")
     for what in ("schemes", "loads", "targets"):
         parser.add_argument(f"--{what}", metavar="NAME[,NAME...]", help=f"only these {what} (--list names all)")
     parser.add_argument("--list", action="store_true", help="name schemes, loads and targets, and end")
-    parser.add_argument("--repetitions", type=positive, metavar="N", help="how often each is measured, in turns (default: quick 1, full 3)")
-    parser.add_argument("--size", type=size, metavar="SIZE", help="length of the disk (default: quick 48M, full 256M)")
-    parser.add_argument("--ram", type=size, metavar="SIZE", help="RAM tier of our schemes (default: quick 8M, full 16M)")
-    parser.add_argument("--seconds", type=positive, metavar="N", help="longest load beside a backup (default: quick 6, full 30)")
+    parser.add_argument("--repetitions", type=positive, metavar="N", help="how often each is measured, in turns (default: quick 1, full 2 to 4)")
+    parser.add_argument("--size", type=size, metavar="SIZE", help="length of the disk (default: quick 48M, full 96M)")
+    parser.add_argument("--ram", type=size, metavar="SIZE", help="RAM tier of our schemes (default: 8M)")
+    parser.add_argument("--seconds", type=positive, metavar="N", help="longest load beside a backup (default: quick 6, full 15)")
     parser.add_argument("--trace", metavar="FILE", help="what the load `trace` replays: recorded by a node x-fastcbw-trace, or written by hand")
     parser.add_argument("--unpinned", action="store_true", help="without it the server runs on core 0, load and target on core 1")
     parser.add_argument("--folder", metavar="DIR", help="keep the results there, cell by cell; go on with those that are there")
     parser.add_argument("--work", metavar="DIR", help=f"where the disks are meanwhile (default: {SHM}, where it has room, else TMPDIR)")
     parser.add_argument("--from", dest="results", metavar="FILE", help="measure nothing: kept results, a folder or what --json printed")
+    parser.add_argument("--against", metavar="FILE", help="with --from: another run; does it say the same?")
     parser.add_argument("--html", metavar="FILE", help="write the report, one page with plots")
     parser.add_argument("--plots", metavar="DIR", help="write the plots of latency as SVG files")
     parser.add_argument("--csv", metavar="FILE", help="write a line for each measurement")
@@ -55,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         from fastcbw.compare.results import load
 
         document = load(arguments.results)
+        if arguments.against is not None:
+            return _agree(document, load(arguments.against))
+    elif arguments.against is not None:
+        raise UsageError("--against: names the second of two kept runs (give --from with the first)")
     else:
         document = _measure(arguments)
     if arguments.html:
@@ -76,6 +84,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(table.lines(document)))
     return 1 if any(_is_failure(cell) for cell in document["cells"]) else 0
+
+
+def _agree(document: dict, other: dict) -> int:
+    """Print whether two runs say the same; 1 when they don't."""
+    from fastcbw.compare.output import agreement
+
+    lines, same = agreement.lines(document, other)
+    print("\n".join(lines))
+    return 0 if same else 1
 
 
 def _is_failure(cell: dict) -> bool:
@@ -115,20 +132,24 @@ def _plan(arguments: argparse.Namespace):
 
     if arguments.quick and arguments.full:
         raise UsageError("--quick, --full: contradict each other (give one)")
-    fields = plan.full() if arguments.full else plan.quick()
+    if arguments.cross and not arguments.full:
+        raise UsageError("--cross: is for a full run (give --full)")
+    traced = arguments.trace is not None
+    fields = plan.full(traced, arguments.cross) if arguments.full else plan.quick()
+    named = {}
     for what, known in (("schemes", SCHEMES), ("loads", LOADS), ("targets", TARGETS)):
         names = getattr(arguments, what)
-        if names is not None:
-            try:
-                fields[what] = plan.select(what, names, known)
-            except ValueError as error:
-                raise UsageError(f"--{error}") from None
+        try:
+            named[what] = None if names is None else plan.select(what, names, known)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
+    if traced and named["loads"] is None and not arguments.full:
+        named["loads"] = ("trace",)
+    fields["parts"] = plan.narrowed(fields["parts"], **named, repetitions=arguments.repetitions)
     length = arguments.size or fields["length"]
     if length < SIZE_MIN or length % 65536:
         raise UsageError(f"--size: {length} is no multiple of 64K from {format_size(SIZE_MIN)} on")
     fields["length"] = length
-    if arguments.repetitions:
-        fields["repetitions"] = arguments.repetitions
     if arguments.ram is not None:
         fields["ram"] = arguments.ram
     if arguments.seconds:
@@ -137,8 +158,6 @@ def _plan(arguments: argparse.Namespace):
     if arguments.trace is not None:
         fields["trace"] = os.path.abspath(arguments.trace)
         _check_trace(arguments.trace)
-        if arguments.loads is None and not arguments.full:
-            fields["loads"] = ("trace",)
     return plan.Plan(**fields, pinned=not arguments.unpinned and len(os.sched_getaffinity(0)) > 1)
 
 

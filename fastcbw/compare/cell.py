@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,11 +24,12 @@ from fastcbw.compare import measures
 from fastcbw.compare.loads import LOADS
 from fastcbw.compare.loads.base import Load
 from fastcbw.compare.plan import Cell, Plan, reason_not_to_run
-from fastcbw.compare.process import Usage
+from fastcbw.compare.process import Process, Usage
 from fastcbw.compare.schemes import SCHEMES
 from fastcbw.compare.schemes.base import Progress, Scheme, Setting
 from fastcbw.compare.targets import TARGETS
 from fastcbw.compare.targets.base import Target
+from fastcbw.compare.watchdog import Watchdog
 from fastcbw.errors import Error
 
 SAMPLE_S = 0.25
@@ -35,6 +37,8 @@ PIECE = 8 << 20
 SERVER_CPU, LOAD_CPU = 0, 1
 #: The load has ended its requests when the server has done nothing for this long.
 SILENCE_S = 0.02
+#: What only a load moves: a block; without a write, after so many seconds.
+BLOCK, READS_S = 4096, 2.0
 
 
 def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
@@ -46,10 +50,16 @@ def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
     with ExitStack() as stack:
         own = tempfile.mkdtemp(prefix="cell-", dir=folder)
         stack.callback(shutil.rmtree, own, ignore_errors=True)
+        run = _Run(cell, plan, own, stack)
+        watchdog = stack.enter_context(Watchdog(plan.cell_s_max, run.processes))
         try:
-            return record | {"status": "measured"} | _Run(cell, plan, own, stack).run()
-        except (Error, OSError) as error:
-            return record | {"status": "failed", "why": " ".join(str(error).split())}
+            return record | {"status": "measured"} | run.run()
+        except Exception as error:      # whatever it is: the other cells go on
+            why = " ".join(str(error).split()) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
+            where = traceback.format_exception(error) + run.logs()
+            if (found := watchdog.where()) is not None:
+                why, where = f"given up after {watchdog.seconds:.0f} s: {found[0]}; {why}", found + where
+            return record | {"status": "failed", "why": why, "where": where}
 
 
 class _Run:
@@ -64,6 +74,14 @@ class _Run:
                                            plan.trace)
         self.samples: list[dict[str, Any]] = []
 
+    def processes(self) -> list[Process]:
+        """Return those of this cell that were made until now."""
+        return [process for process in (self.load.process, *self.scheme.clients, *self.scheme.processes, self.target.process) if process is not None]
+
+    def logs(self) -> list[str]:
+        """Return what each process said."""
+        return [f"{process.name} said: {process.words_said(2000)}" for process in self.processes() if os.path.exists(process.log_path)]
+
     def run(self) -> dict[str, Any]:
         fill(self.image, self.plan.length)
         self.stack.callback(self.target.stop)
@@ -74,8 +92,7 @@ class _Run:
         self.stack.callback(self.load.stop)
         idle = self._moved()
         self.load.start()
-        while self._moved() == idle:        # the load's first request is yet to come
-            self._sleep(0.01)
+        self._wait_for_requests(idle)
         self._sleep(self.plan.warm_up_s)
         begin = time.monotonic_ns()
         self._sleep(self.plan.before_s)
@@ -121,12 +138,22 @@ class _Run:
         used = self.scheme.usage()
         return used.read_bytes, used.written_bytes
 
+    def _wait_for_requests(self, idle: tuple[int, int]) -> None:
+        """Return when the load has written a block, or has read for a while: a server that has been IDLE may read files of its own when it is connected to."""
+        since = time.monotonic()
+        while True:
+            read, written = self._moved()
+            if written - idle[1] >= BLOCK or (read - idle[0] >= BLOCK and time.monotonic() - since >= READS_S):
+                return
+            self._sleep(0.01)
+
     def _wait_for_silence(self) -> None:
-        """Return when the server has nothing of the stopped load left to do."""
+        """Return when the server has nothing of the stopped load left to do: what it moves stands still, and none of its threads wants a processor,
+        as one does that a request has woken up, however busy the machine is."""
         last, since = None, time.monotonic()
         while time.monotonic() - since < SILENCE_S:
             now = self._moved()
-            if now != last:
+            if now != last or any(process.is_busy() for process in self.scheme.processes):
                 last, since = now, time.monotonic()
             time.sleep(0.002)
 

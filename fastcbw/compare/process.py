@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import fastcbw
@@ -68,7 +69,8 @@ class Process:
     def start(self, ready: Callable[[], bool] | None = None) -> None:
         """Begin, and return when READY says so. Error with the program's words when it ends before."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(
-            [os.path.dirname(os.path.dirname(os.path.abspath(fastcbw.__file__))), os.environ.get("PYTHONPATH", "")])}
+            [os.path.dirname(os.path.dirname(os.path.abspath(fastcbw.__file__))), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONFAULTHANDLER": "1"}      # what the watchdog aborts writes its stacks to the log
         allowed = os.sched_getaffinity(0)
         with open(self.log_path, "w+b") as log:
             try:
@@ -85,9 +87,10 @@ class Process:
                 raise Error(f"{self.name}: did not start: {self.words_said()}")
             time.sleep(0.01)
 
-    def words_said(self) -> str:
+    def words_said(self, characters: int = 300) -> str:
+        """Return the end of what it wrote, on one line."""
         with open(self.log_path, errors="replace") as log:
-            return " ".join(log.read()[-300:].split()) or "without a word"
+            return " ".join(log.read()[-characters:].split()) or "without a word"
 
     @property
     def pid(self) -> int:
@@ -123,6 +126,19 @@ class Process:
         except (OSError, KeyError):
             raise Error(f"{self.name}: has ended: {self.words_said()}") from None
         return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), counters["rchar"], counters["wchar"], *resident)
+
+    def is_busy(self) -> bool:
+        """Tell whether one of its threads runs, or would if it had a processor, or waits for a disk."""
+        try:
+            threads = os.listdir(f"/proc/{self.pid}/task")
+        except OSError:
+            return False
+        for thread in threads:
+            with suppress(OSError):         # it has ended
+                with open(f"/proc/{self.pid}/task/{thread}/stat") as file:
+                    if file.read().rpartition(")")[2].split()[0] in "RD":
+                        return True
+        return False
 
     def stop(self) -> None:
         """End it, by force when it must be. Stopping twice is no error."""

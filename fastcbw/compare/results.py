@@ -50,7 +50,8 @@ class Kept:
         return os.path.join(self.folder, "cells", f"{name}.json")
 
     def has(self, name: str) -> bool:
-        return os.path.exists(self._path(name))
+        """Tell whether the cell NAME is there; one that failed is to be measured again."""
+        return os.path.exists(self._path(name)) and _read(self._path(name))["status"] != "failed"
 
     def put(self, name: str, record: dict[str, Any]) -> None:
         """Keep RECORD: whole or not at all."""

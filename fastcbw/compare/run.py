@@ -19,9 +19,9 @@ ROOM = 5
 
 
 def run(plan: Plan, folder: str, work: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure the cells of PLAN that are not in FOLDER yet, and return the document.
+    """Measure the cells of PLAN that are not in FOLDER yet, and those that failed, and return the document.
 
-    work: where disks and backups are, for as long as their cell takes. say: called with a line of progress for each cell.
+    work: where disks and backups are, for as long as their cell takes. say: called with a line of how long it will take, and one for each cell.
     Raises Error when there is no room, ValueError when the folder belongs to another run. After Ctrl-C the cells that were
     finished are kept.
     """
@@ -32,24 +32,32 @@ def run(plan: Plan, folder: str, work: str, say: Callable[[str], None]) -> dict[
     kept = Kept(folder, plan)
     cells = list(plan.cells())
     left = [cell for cell in cells if not kept.has(cell.name)]
+    guesses = {cell: plan.seconds(cell) for cell in left}
+    say(f"{len(left)} of {len(cells)} cells to measure, about {minutes(sum(guesses.values()))}")
     own = tempfile.mkdtemp(prefix="fastcbw-compare-", dir=work)
-    began = time.monotonic()
+    guessed = taken = 0.0       # of those that are finished: how far the guess was off says how far it is for the rest
     try:
         for number, cell in enumerate(left, 1):
+            began = time.monotonic()
             record = measure(cell, plan, own)
             kept.put(cell.name, record)
-            taken = time.monotonic() - began
-            say(f"[{len(cells) - len(left) + number}/{len(cells)}] {cell.scheme}, {cell.load}, {cell.target}: {outcome(record)} "
-                f"({taken / number * (len(left) - number):.0f} s left)")
+            taken += time.monotonic() - began
+            guessed += guesses.pop(cell)
+            more = sum(guesses.values()) * (taken / guessed if guessed else 1)
+            say(f"[{len(cells) - len(left) + number}/{len(cells)}] {cell.scheme}, {cell.load}, {cell.target}: {outcome(record)} ({minutes(more)} left)")
     finally:
         shutil.rmtree(own, ignore_errors=True)
     return kept.document()
 
 
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 def outcome(record: dict[str, Any]) -> str:
     """Return what became of a cell, in a few words."""
     if record["status"] != "measured":
-        return record["why"]
+        return record["why"] if record["status"] != "failed" else f"FAILED: {record['why']}"
     p99 = record["guest"]["during"]["p99_us"]
     backup = record["backup"]
     told = [f"guest p99 {p99:.0f} us" if p99 is not None else "no request ended"]

@@ -20,7 +20,7 @@ def test_a_run_goes_on_with_the_cells_that_are_missing(plan, tmp_path, monkeypat
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(cell.name)
-        return {"scheme": cell.scheme, "load": cell.load, "target": cell.target, "repetition": cell.repetition, "status": "failed", "why": "a test"}
+        return {"scheme": cell.scheme, "load": cell.load, "target": cell.target, "repetition": cell.repetition, "status": "not installed", "why": "a test"}
 
     monkeypatch.setattr(runs, "measure", measure)
     folder, work = tmp_path / "kept", tmp_path / "work"
@@ -31,7 +31,7 @@ def test_a_run_goes_on_with_the_cells_that_are_missing(plan, tmp_path, monkeypat
     monkeypatch.setattr(runs, "measure", lambda cell, plan, folder: measure(cell, plan, folder) if measured.clear() is None else None)
     said = []
     document = runs.run(small, str(folder), str(work), said.append)
-    assert len(document["cells"]) == 4 and len(said) == 1 and said[0].startswith("[4/4] none")
+    assert len(document["cells"]) == 4 and len(said) == 2 and said[1].startswith("[4/4] none")
     with pytest.raises(ValueError, match="other settings"):
         runs.run(plan("none", length=8 << 20), str(folder), str(work), said.append)
 

@@ -1,7 +1,10 @@
-"""The process of the write-notifier scheme: a disk under the old backup's filter as the NBD export `disk`, and a job begun over QMP.
+"""The process of the write-notifier schemes: a disk under the old backup's filter as the NBD export `disk`, and a backup begun over QMP.
 
-Run as ``python -m fastcbw.compare.schemes.notifier_server IMAGE TARGET SOCKET WORKERS CHUNK``; TARGET: a file or an NBD URI. Its QMP
-socket is SOCKET.qmp and has the commands begin, and query-jobs as everywhere.
+Run as ``python -m fastcbw.compare.schemes.notifier_server IMAGE TARGET SOCKET WORKERS CHUNK``: the filter and one job, both to TARGET, a
+file or an NBD URI; or with ``FLEECE`` as a sixth word: the filter preserves into that file, which it makes, as a backup with sync none does, and a second job
+reads both and writes to TARGET. Its QMP socket is SOCKET.qmp and has the commands begin, and query-jobs as everywhere.
+
+An NBD target gets one connection with 16 requests under way, which is what QEMU's client has.
 """
 
 from __future__ import annotations
@@ -11,50 +14,91 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from fastcbw.block.device import BlockDevice
+from fastcbw.block.file import FileDevice
 from fastcbw.block.image import open_image
+from fastcbw.block.nbd import NbdDevice
+from fastcbw.block.nbd_uri import is_nbd_uri
+from fastcbw.cbw.notified import NotifiedView
 from fastcbw.cbw.notifier import WriteNotifier
 from fastcbw.errors import Error
 from fastcbw.export.nbd.listen import listen_unix
 from fastcbw.export.nbd.server import Server
+from fastcbw.jobs.backup import BackupJob
+from fastcbw.jobs.job import Job
 from fastcbw.jobs.write_notifier import WriteNotifierJob
 from fastcbw.qmp.schema import Command, Schema
 from fastcbw.qmp.server import QmpServer
 
-
-def _begin(job: WriteNotifierJob) -> None:
-    job.start()
+CLUSTER = 65536
 
 
-def _query_jobs(job: WriteNotifierJob) -> list[dict[str, Any]]:
-    progress = job.progress
-    return [{"id": "backup", "status": job.status, "current-progress": progress["done"], "total-progress": progress["total"],
-             **({} if job.error is None else {"error": job.error})}]
+class Backup:
+    """A backup of DISK, which is there to be exported; begun by begin()."""
+
+    def __init__(self, image: str, where: str, workers: str, chunk: str):
+        self.target = NbdDevice(where, connections=1, requests=16) if is_nbd_uri(where) else open_image(where, format="raw")
+        self.disk = self.make_disk(open_image(image, format="raw", io="threads"))
+        self.workers, self.chunk = int(workers), int(chunk)
+        self.job: Job | None = None
+
+    def make_disk(self, image: BlockDevice) -> WriteNotifier:
+        return WriteNotifier(image, self.target, cluster_size=CLUSTER)
+
+    def begin(self) -> None:
+        self.job = WriteNotifierJob(self.disk, workers=self.workers, chunk=self.chunk).start()
+
+    def query_jobs(self) -> list[dict[str, Any]]:
+        progress = self.job.progress
+        return [{"id": "backup", "status": self.job.status, "current-progress": progress["done"], "total-progress": progress["total"],
+                 **({} if self.job.error is None else {"error": self.job.error})}]
+
+    def close(self) -> None:
+        if self.job is not None and self.job.status == "running":
+            self.job.cancel()
+            with suppress(Error, TimeoutError):
+                self.job.wait(10)
+        self.disk.close()
+        self.target.close()
 
 
-COMMANDS = Schema([Command("qmp_capabilities", "end the negotiation", lambda job: None), Command("begin", "the point in time is now; copy", _begin),
-                   Command("query-jobs", "how far it is", _query_jobs)])
+class Pair(Backup):
+    """Two jobs: what the guest overwrites goes to the file FLEECE, the rest is read beside it, and all of it goes to the target."""
+
+    def __init__(self, image: str, where: str, workers: str, chunk: str, fleece: str):
+        self.fleece = fleece
+        super().__init__(image, where, workers, chunk)
+
+    def make_disk(self, image: BlockDevice) -> WriteNotifier:
+        self.store = FileDevice(self.fleece, create_length=image.length)
+        return WriteNotifier(image, self.store, cluster_size=CLUSTER)
+
+    def begin(self) -> None:
+        self.disk.begin()
+        self.job = BackupJob(NotifiedView(self.disk), self.target).start()
+
+    def close(self) -> None:
+        super().close()
+        self.store.close()
+
+
+COMMANDS = Schema([Command("qmp_capabilities", "end the negotiation", lambda backup: None),
+                   Command("begin", "the point in time is now; copy", lambda backup: backup.begin()),
+                   Command("query-jobs", "how far it is", lambda backup: backup.query_jobs())])
 
 
 def main(arguments: list[str]) -> None:
-    image, where, socket, workers, chunk = arguments
-    disk = open_image(image, format="raw", io="threads")
-    target = open_image(where, format="raw")
-    notifier = WriteNotifier(disk, target, cluster_size=65536)
-    job = WriteNotifierJob(notifier, workers=int(workers), chunk=int(chunk))
-    qmp = QmpServer(listen_unix(f"{socket}.qmp"), COMMANDS, job)
+    image, where, socket, *rest = arguments
+    backup = (Pair if len(rest) == 3 else Backup)(image, where, *rest)
+    qmp = QmpServer(listen_unix(f"{socket}.qmp"), COMMANDS, backup)
     try:
         with Server() as server:
-            server.add_export("disk", notifier)
+            server.add_export("disk", backup.disk)
             server.listen(listen_unix(socket))
             signal.sigwait({signal.SIGTERM, signal.SIGINT})
     finally:
         qmp.close()
-        if job.status == "running":
-            job.cancel()
-            with suppress(Error, TimeoutError):
-                job.wait(10)
-        notifier.close()
-        target.close()
+        backup.close()
 
 
 if __name__ == "__main__":

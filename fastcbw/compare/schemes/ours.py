@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 from fastcbw.compare.process import Process, nbd_answers, python_module, socket_uri
 from fastcbw.compare.schemes.pulled import progress_of, pull
-from fastcbw.compare.schemes.base import Daemon, Progress, Tiers
+from fastcbw.compare.schemes.base import Daemon, Progress, Tiers, allocated_bytes
+from fastcbw.compare.schemes.overlay import committed, create_qcow2
 from fastcbw.compare.targets.server import EXPORT
 from fastcbw.units import format_size
 
@@ -69,7 +71,7 @@ class FilterTiers(Filter):
 class Notifier(Daemon):
     """The old backup job: a guest write to a cluster that is not copied yet waits until its old content is in the target.
 
-    Workers and chunk are those of QEMU's job by default, which works by the same rule.
+    Workers, chunk, and what is under way at an NBD target at most, are those of QEMU's job by default, which works by the same rule.
     """
 
     name = "notifier"
@@ -82,7 +84,8 @@ class Notifier(Daemon):
                              str(self.chunk))
 
     def begin(self) -> None:
-        self.settings = {"cache": "writeback", "cluster": "64K", "workers": self.workers, "chunk": format_size(self.chunk)}
+        self.settings = {"cache": "writeback", "cluster": "64K", "workers": self.workers, "chunk": format_size(self.chunk),
+                         "connections to the target": "1, with 16 requests"}
         self.qmp.execute("begin")
 
 
@@ -90,6 +93,61 @@ class NotifierTuned(Notifier):
     name = "notifier-tuned"
     title = "write notifier, 2 workers, 64K chunks"
     workers, chunk = 2, 65536
+
+
+class SyncNone(Notifier):
+    """The old scheme with a fast place for old data: one job with sync none keeps there what the guest overwrites, another copies from both."""
+
+    name = "sync-none"
+    title = "two jobs, one with sync none into a file"
+
+    def words(self) -> list[str]:
+        return [*super().words(), self.setting.path("fleece.img")]
+
+    def begin(self) -> None:
+        super().begin()
+        self.settings["workers"] = self.settings["chunk"] = "adaptive"
+
+    def tiers(self) -> Tiers:
+        stored = allocated_bytes(self.setting.path("fleece.img"))
+        return Tiers(0, stored, stored)
+
+
+class Overlay(Ours):
+    """The guest writes to an overlay, which qemu-nbd serves to us, while the disk below is copied; then the overlay is committed into the disk."""
+
+    name = "overlay"
+    title = "overlay by qemu-nbd, then a live commit"
+    needs = (("qemu-img", "qemu-utils"), ("qemu-nbd", "qemu-utils"))
+
+    def words(self) -> list[str]:
+        config = self.setting.path("graph.json")
+        with open(config, "w", encoding="utf-8") as file:
+            json.dump({"nodes": [{"driver": "file", "node-name": "disk", "filename": self.setting.image}],
+                       "exports": [{"id": "guest", "node-name": "disk", "name": "disk", "writable": True}]}, file)
+        return python_module("fastcbw", "serve", "--config", config, "--socket", self.socket)
+
+    def begin(self) -> None:
+        overlay = self.setting.path("overlay.qcow2")
+        create_qcow2(overlay, self.setting.length, self.setting.image)
+        execute = self.qmp.execute
+        execute("blockdev-add", driver="qcow2", node_name="overlay", file={"driver": "file", "filename": overlay})
+        execute("fastcbw-replace", parent="guest", node="overlay")
+        target = self.target
+        if target.socket is None:
+            execute("blockdev-add", driver="file", node_name="target", filename=target.where)
+        else:
+            execute("blockdev-add", driver="nbd", node_name="target", server={"type": "unix", "path": target.socket}, export=target.export)
+        execute("blockdev-backup", job_id=self.JOB, device="disk", target="target", sync="full", auto_dismiss=False)
+        self.settings = {"cache": "writeback", "durability": "none", "cluster": "64K", "workers": "adaptive"}
+        self.copied: Progress | None = None
+
+    def progress(self) -> Progress:
+        return committed(self, super().progress)
+
+    def tiers(self) -> Tiers:
+        stored = allocated_bytes(self.setting.path("overlay.qcow2"))
+        return Tiers(0, stored, stored)
 
 
 class Pull(Filter):

@@ -23,7 +23,7 @@ class Late50(Served):
 class Nbdkit20(Nbdkit):
     name = "nbdkit-20mbs"
     title = "nbdkit, 20 MB/s"
-    filters, parameters = ("rate",), ("rate=160000000",)
+    filters, parameters, bytes_per_s = ("rate",), ("rate=160000000",), 20_000_000
 
 
 class Nbdkit50(Nbdkit):

@@ -34,6 +34,11 @@ class Target:
         for program, package in cls.needs:
             find(program, package)
 
+    @classmethod
+    def seconds(cls, length: int) -> float:
+        """Return about how long a backup of LENGTH bytes to it takes."""
+        return 1.0
+
     @property
     def where(self) -> str:
         return self.path if self.socket is None else socket_uri(self.socket, self.export)
@@ -59,7 +64,13 @@ class File(Target):
 class Served(Target):
     """An export of our own server, behind devices that make it slow or faulty: see targets/server.py."""
 
-    options: ClassVar[dict[str, object]] = {}
+    options: ClassVar[dict[str, int]] = {}
+
+    @classmethod
+    def seconds(cls, length: int) -> float:
+        """As fast as its bandwidth, until it fails for good, and a stall."""
+        written = min(length, cls.options.get("full_after_bytes", length), cls.options.get("fail_after_bytes", length))
+        return 1.0 + written / cls.options.get("bytes_per_s", 1 << 30) + cls.options.get("stall_ms", 0) / 1000
 
     def __init__(self, folder: str, length: int, cpu: int | None):
         super().__init__(folder, length, cpu)
@@ -82,6 +93,11 @@ class Nbdkit(Served):
     needs = (("nbdkit", "nbdkit"),)
     filters: ClassVar[tuple[str, ...]] = ()
     parameters: ClassVar[tuple[str, ...]] = ()
+    bytes_per_s: ClassVar[int] = 1 << 30
+
+    @classmethod
+    def seconds(cls, length: int) -> float:
+        return 1.0 + length / cls.bytes_per_s
 
     def __init__(self, folder: str, length: int, cpu: int | None):
         super().__init__(folder, length, cpu)
