@@ -20,7 +20,7 @@ from fastcbw.cbw.lifecycle cimport drop_word, hand_over_claimed
 from fastcbw.cbw.locmap cimport WORD_NONE, map_get, map_leaf, map_next_leaf, map_place
 from fastcbw.cbw.state cimport (ALIVE, EngineState, Geometry, Snap, Ticket, claim_release, claim_wait, cluster_end, copy_word, enter,
                                 in_copy, leave, needed_word, wake_keeper, wanted_word)
-from fastcbw.kernels.atomic cimport add_relaxed, load_acquire, load_seq, or_acquire, or_release, or_seq, store_release
+from fastcbw.kernels.atomic cimport add_relaxed, load_acquire, load_seq, or_acquire, or_release, or_seq, store_relaxed, store_release
 from fastcbw.kernels.sparse cimport sparse_mark
 from fastcbw.sync cimport now_ns
 
@@ -160,6 +160,8 @@ cdef void drop_claimed(EngineState state, Snap *snap, int64_t w, uint64_t got) n
     if lazy & ~wanted_word(ticket.epoch, w, lazy):
         wake_keeper(state)
     claim_release(geometry, &got, w * 64, 64)
+    if count:       # a look-up that is counted may still hold it: its store must outlive that (sweep_stores)
+        store_relaxed(&state.word_gone, ticket.epoch.number)
     leave(ticket)
     for i in range(count):      # not under the claim
         drop_word(state, dropped[i])

@@ -151,6 +151,24 @@ def test_m_a_slot_that_came_back_to_its_cluster_is_no_proof(engine, stops, who):
     assert reader.result() == content(3)
 
 
+def test_a_store_that_has_ended_stays_while_a_look_up_holds_what_was_discarded_last(engine, stops):  # noqa: F811
+    """The older snapshot inherits a word in the store of the newer; a client reads it while another discards it."""
+    view = engine.snapshot("s1", ram="1M")
+    engine.snapshot("s2", ram="1M")
+    write(engine, 3, b"n")
+    engine.delete("s2")
+    with stops.hold("reader-found", 1) as stop:
+        reader = Task(view.read, 3 * K, K)
+        stop.wait_arrived()
+        view.discard(3 * K, K)
+        sweeper = Task(engine.drop, "s1", 0, K)     # which frees stores as the end of any snapshot does
+        sweeper.join(0.2)
+        assert sweeper.is_alive()
+    sweeper.result()
+    with pytest.raises(NotInSnapshot):
+        reader.result()
+
+
 def fill(reader):
     """Leave one slot of sixteen to reads, and two to first touches."""
     assert reader.read(0, 13 * K) == EVERYTHING[: 13 * K]
