@@ -38,8 +38,8 @@ from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELET
                                 bitmap_bytes, cluster_end, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
                                 snap_unref, wake_keeper)
 from fastcbw.cbw.stops cimport Stops
-from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_set_limit, store_free,
-                                store_new, store_room)
+from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_now, slots_set_limit,
+                                store_free, store_new, store_room)
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
 from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
@@ -628,7 +628,7 @@ cdef class Engine:
                 facts["kept_bytes"] = kept * size
                 facts["copies_avoided"] = spared
                 store = snapshot.snap.store
-                facts["ram_bytes"] = store.slots_used * size
+                facts["ram_bytes"] = slots_now(store) * size
                 facts["ram_bytes_max"] = store.slots_used_max * size
                 facts["ram_limit"] = store.slots_limit * size
                 facts["disk_bytes"] = store.log_used * size

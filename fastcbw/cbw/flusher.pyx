@@ -33,7 +33,8 @@ from fastcbw.cbw.keep cimport keep_is_clean, keep_make_room
 from fastcbw.cbw.locmap cimport STORE_WORDS, disk_word, map_get, map_place, ram_word
 from fastcbw.cbw.room cimport Room, room_changed
 from fastcbw.cbw.state cimport EngineState, Epoch, Geometry, Snap, Ticket, claim_release, enter, leave, summary_set
-from fastcbw.cbw.store cimport (Store, log_place, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_oldest)
+from fastcbw.cbw.store cimport (Store, log_place, log_take, log_untake, log_write_slots, low_water, slot_unref, slots_now,
+                                slots_oldest)
 from fastcbw.kernels.atomic cimport add32_seq, add_relaxed, add_seq, load_seq, or_acquire, store_relaxed, store_release, store_seq, sub_seq
 from fastcbw.sync cimport (cond_wait_until, give_way, now_ns, pthread_cond_signal, pthread_cond_wait, pthread_mutex_lock,
                            pthread_mutex_unlock, sleep_ns)
@@ -126,7 +127,7 @@ cdef class Flusher:
         cdef int i
         for i in range(ticket.epoch.need_count):
             store = (<Snap *>ticket.epoch.need[i]).store
-            above = store.slots_used - low_water(store)
+            above = slots_now(store) - low_water(store)
             if store.flush_asked and store.log != NULL and above > 0:
                 keep_make_room(self.state, ticket.epoch, ticket.epoch.need[i], above)       # what the disk has as well goes first
             if (seen[store.index // 64] >> (store.index % 64)) & 1 or store.log == NULL or not is_wanting(store):
@@ -159,8 +160,8 @@ cdef class Flusher:
         want = 1 if want < 1 else BATCH_CLUSTERS if want > BATCH_CLUSTERS else want
         if load_seq(&store.log_error):
             want = 1                # a probe
-        if want > store.slots_used - low_water(store):
-            want = store.slots_used - low_water(store)
+        if want > slots_now(store) - low_water(store):
+            want = slots_now(store) - low_water(store)
         batch.store = store
         batch.count = slots_oldest(store, batch.slots, batch.clusters, batch.generations, want)
         self.take_pins()

@@ -43,7 +43,7 @@ from fastcbw.cbw.state cimport (EngineState, Epoch, Geometry, Snap, Ticket, clai
                                 wake_keeper)
 from fastcbw.cbw.stops cimport (STOP_DROP_CLAIMED, STOP_DROP_CLEARED, STOP_DROP_DECIDED, STOP_DROP_ENTERED, STOP_GUEST_COPIED,
                                 STOP_GUEST_FOUND, STOP_INSERT_CHECKED, STOP_INSERT_CLAIMED, STOP_INSERT_READ, pass_stop)
-from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_enlist, slots_reserve, slots_take_spare
+from fastcbw.cbw.store cimport Store, slot_data, slot_unref, slots_enlist, slots_free, slots_reserve, slots_take_spare
 from fastcbw.cbw.worker cimport Copy, ROUND_BYTES, ROUND_CLUSTERS, copy_read
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_seq, cas_seq, fence_acquire, fence_seq, load_relaxed, load_seq,
                                      or_acquire, or_seq, store_relaxed, store_release, store_seq, sub_seq)
@@ -379,7 +379,7 @@ cdef int64_t make_room_of(EngineState state, const Epoch *epoch, Snap *owner, co
 
 cdef void keep_ask(EngineState state, const Snap *snap) noexcept nogil:
     cdef const Store *store = snap.store
-    if keep_has_any(snap) and store.slots_limit - store.slots_used < slots_reserve(store) // 2 \
+    if keep_has_any(snap) and slots_free(store) < slots_reserve(store) // 2 \
             and cas_seq(&state.trim_wanted, 0, 1):
         wake_keeper(state)
 
@@ -390,7 +390,7 @@ cdef void keep_trim(EngineState state, Snap *snap) noexcept nogil:
     cdef int64_t missing, freed = 1
     keep_sweep(state, snap)
     while freed:
-        missing = slots_reserve(snap.store) - (snap.store.slots_limit - snap.store.slots_used)
+        missing = slots_reserve(snap.store) - slots_free(snap.store)
         if missing <= 0:
             return
         ticket = enter(state)

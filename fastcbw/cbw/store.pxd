@@ -6,6 +6,7 @@ from cpython.ref cimport PyObject
 
 from fastcbw.cbw.rate cimport Rate
 from fastcbw.cbw.room cimport Room
+from fastcbw.kernels.atomic cimport load_relaxed
 from fastcbw.sync cimport pthread_cond_t, pthread_mutex_t
 
 cdef extern from "<pthread.h>" nogil:
@@ -43,7 +44,7 @@ cdef struct Store:
     char *pages             # slots_reserved clusters of address space, populated on use
     Slot *slots
     int64_t slots_reserved  # what the limit can grow to
-    int64_t slots_limit     # hard limit of slots_used; changes live
+    int64_t slots_limit     # hard limit of slots_used; changes live; this and the next are read without the lock, too (slots_free, slots_now)
     int64_t slots_fresh     # slots 0..slots_fresh have been used before
     int64_t slots_used      # allocated now
     int64_t slots_used_max
@@ -123,13 +124,21 @@ cdef inline int64_t log_place(const Store *store, int64_t position, int64_t clus
     # Where CLUSTER goes for which POSITION was taken.
     return cluster if store.in_place else position
 
+cdef inline int64_t slots_now(const Store *store) noexcept nogil:
+    # slots_used of some moment, without the lock.
+    return <int64_t>load_relaxed(<const uint64_t *>&store.slots_used)
+
+cdef inline int64_t slots_free(const Store *store) noexcept nogil:
+    # What is left to the limit, without the lock; negative above a limit that shrank.
+    return <int64_t>load_relaxed(<const uint64_t *>&store.slots_limit) - slots_now(store)
+
 cdef inline int64_t high_water(const Store *store) noexcept nogil:
     # Slots used above which the flusher works ...
     return store.slots_limit * 3 // 4
 
 cdef inline int64_t low_water(const Store *store) noexcept nogil:
     # ... until no more than these are.
-    return store.slots_limit // 2
+    return <int64_t>load_relaxed(<const uint64_t *>&store.slots_limit) // 2
 
 cdef inline int64_t segment_bytes(const Store *store) noexcept nogil:
     return SEGMENT_HEADER + store.segment_clusters * store.cluster_bytes

@@ -33,7 +33,7 @@ from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport GENERATION_MASK, SLOTS_MAX, WORD_DISK, WORD_RAM, word_position, word_slot, word_tag
 from fastcbw.cbw.rate cimport rate_note
 from fastcbw.cbw.room cimport Room, room_changed, room_want_flush
-from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, load_seq, store32_relaxed, sub32_seq
+from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, load_relaxed, load_seq, store32_relaxed, store_relaxed, sub32_seq
 from fastcbw.kernels.bytes cimport crc32c
 from fastcbw.cbw.warm cimport warm_ask, warm_stop, warm_wanted
 from fastcbw.sync cimport (cond_init, pthread_cond_destroy, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
@@ -145,7 +145,7 @@ cdef void store_free(Store *store) noexcept nogil:
 # -- RAM tier
 
 cdef int64_t slots_reserve(const Store *store) noexcept nogil:
-    return (store.slots_limit + 7) // 8
+    return (<int64_t>load_relaxed(<const uint64_t *>&store.slots_limit) + 7) // 8
 
 
 cdef int64_t slots_take(Store *store, uint32_t *slots, int64_t count) noexcept nogil:
@@ -182,7 +182,7 @@ cdef int64_t take(Store *store, uint32_t *slots, int64_t count, int64_t leave_fr
         taken += 1
     store.slots_fresh = fresh_end
     if taken > 0:
-        store.slots_used += taken
+        store_relaxed(<uint64_t *>&store.slots_used, <uint64_t>(store.slots_used + taken))
         rate_note(&store.filling, taken)
     if store.slots_used > store.slots_used_max:
         store.slots_used_max = store.slots_used
@@ -217,7 +217,7 @@ cdef void slot_unref(Store *store, int64_t slot) noexcept nogil:
     check(before > 0, "a slot is freed once")
     if before != 1:
         return
-    if store.slots_used > store.slots_limit:        # a limit that shrank; a racing change of it costs a page more or less
+    if slots_free(store) < 0:       # a limit that shrank; a racing change of it costs a page more or less
         forget_pages(slot_data(store, slot), store.cluster_bytes)
         cold = True
     pthread_mutex_lock(&store.lock)
@@ -229,7 +229,7 @@ cdef void slot_unref(Store *store, int64_t slot) noexcept nogil:
     else:
         store.slots[slot].next = store.free_head
         store.free_head = <uint32_t>slot
-    store.slots_used -= 1
+    store_relaxed(<uint64_t *>&store.slots_used, <uint64_t>(store.slots_used - 1))
     rate_note(&store.filling, -1)
     pthread_mutex_unlock(&store.lock)
     room_changed(store.room)
@@ -295,7 +295,7 @@ cdef void slots_set_limit(Store *store, int64_t limit) noexcept nogil:
     cdef int64_t left
     cdef bint ask = False
     pthread_mutex_lock(&store.lock)
-    store.slots_limit = limit
+    store_relaxed(<uint64_t *>&store.slots_limit, <uint64_t>limit)
     left = store.slots_fresh - store.slots_used if store.slots_fresh > limit else 0
     if store.populated > store.slots_fresh * store.cluster_bytes:
         forget_pages(store.pages + store.slots_fresh * store.cluster_bytes,
