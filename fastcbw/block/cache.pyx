@@ -377,8 +377,8 @@ cdef class CacheDevice(Filter):
             slot.busy = False
             if code == 0:
                 self.unlink(slot)
-            elif not self.writeback:
-                slot.valid = 0              # the child holds any mixture
+            else:
+                slot.valid = slot.dirty     # of the rest the child holds any mixture
         self.barrier_first = self.barrier_end = 0
         pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.mutex)

@@ -95,6 +95,21 @@ def test_zeroes_that_fail_lose_nothing_that_was_acknowledged(child):
     assert child.read(0, 4 * BLOCK) == b"n" * 4 * BLOCK
 
 
+@pytest.mark.parametrize("writeback", [False, True])
+def test_zeroes_that_fail_leave_nothing_to_be_believed(child, writeback):
+    """The child may have zeroed a part: to go on showing what was there before would be a lie, until the block's room is wanted."""
+    device = cache(child, writeback=writeback)
+    device.read(0, 2 * BLOCK)
+    device.write(512, b"n" * 512)
+    child.child.fail_on("zero", errno=errno.EIO, count=1)
+    with pytest.raises(OSError):
+        device.write_zeroes(0, 2 * BLOCK)
+    memory = child.child.child
+    memory.write(BLOCK, bytes(BLOCK))       # what it did before it failed
+    assert device.read(BLOCK, BLOCK) == bytes(BLOCK)
+    assert device.read(0, 2048) == memory.read(0, 512) + b"n" * 512 + memory.read(1024, 1024)
+
+
 def test_a_flush_beside_zeroes_does_not_bring_old_data_back(child):
     device = cache(child, writeback=True)
     device.write(0, b"n" * 2 * BLOCK)
