@@ -9,7 +9,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import numpy
 from numpy.typing import NDArray
@@ -116,7 +115,7 @@ class Disk:
     def sources(self) -> list[str | int]:
         """Descriptors and NBD URIs of this disk, of what it is made of and as it is served: what no backup may be written to."""
         server = self._server
-        sources = [] if server is None else [f"nbd+unix:///{self.name}?socket={quote(path)}" for path in server.addresses]
+        sources = [] if server is None else server.uris(self.name)
         if isinstance(self._child, NbdDevice):
             return [self._child.uri, *sources]
         return [self._child.fileno(), *sources] if hasattr(self._child, "fileno") else sources

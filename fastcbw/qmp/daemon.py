@@ -230,7 +230,7 @@ class Daemon:
         bitmap: copy only what it marks; if the job succeeds, the bitmap is what has changed since its snapshot.
         """
         with self._change:
-            if any(same_image(target, self.uri(export)) for export in self.exports() if self.nbd is not None):
+            if self.nbd is not None and any(same_image(target, own) for export in self.exports() for own in self.nbd.uris(export)):
                 raise ValueError(f"target {target}: is served by this daemon (name another)")
             if job_id is not None:
                 check_name(job_id, "job id")

@@ -19,6 +19,7 @@ from fastcbw.graph.permissions import GUEST, READER
 from fastcbw.qmp.backups import Backup, Backups
 from fastcbw.qmp.commits import Commits
 from fastcbw.qmp.live import Live
+from fastcbw.qmp.loops import check_targets
 
 if TYPE_CHECKING:
     from fastcbw.qmp.daemon import Daemon
@@ -186,6 +187,7 @@ class Nodes:
                     if step is not None:
                         undo.append(step)
                 self.graph.check()
+                check_targets(self)
                 self.live.check_use([*((node, f"node '{node.name}', which goes") for node in self.graph.to_settle() if node.kind.settles),
                                      *((node, f"job '{backup.id}'") for backup in backups for node in (backup.source, backup.target))])
                 with self.live.carried_out():

@@ -24,6 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
+from urllib.parse import quote
 
 from fastcbw.block.device import BlockDevice
 from fastcbw.errors import Error
@@ -232,6 +233,20 @@ class Server:
     def addresses(self) -> list[str]:
         """Where the server listens: socket paths and host:port."""
         return [listener.address for listener in self._listeners]
+
+    def uris(self, name: str) -> list[str]:
+        """NBD URIs of an export NAME of this server, one for each address and common name of it: to tell whether others mean it."""
+        found = []
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            if listener.sock.family == socket.AF_UNIX:
+                found.append(f"nbd+unix:///{quote(name, safe='')}?socket={quote(listener.address)}")
+                continue
+            host, _, port = listener.address.rpartition(":")
+            hosts = [host] if host not in ("0.0.0.0", "::", "127.0.0.1", "::1") else ["127.0.0.1", "::1", "localhost", socket.gethostname()]
+            found += [f"nbd://{f'[{one}]' if ':' in one else one}:{port}/{quote(name, safe='')}" for one in hosts]
+        return found
 
     # -- exports
 
