@@ -85,6 +85,23 @@ class Node:
             node = node.children[node.kind.through].child
         return node
 
+    @property
+    def shows(self) -> Node:
+        """The node whose bytes this one shows, through all that stands on it, caches and throttles too."""
+        node = self
+        while (edge := next((edge for edge in node.children.values() if edge.role == "filtered"), None)) is not None:
+            node = edge.child
+        return node
+
+    def keeps(self) -> str | None:
+        """Words for what of the bytes that this node shows is kept in it; None: nothing."""
+        disk = self.base
+        if disk is not None and disk.snapshots:
+            return f"has the snapshot {', '.join(disk.snapshots)} of them"
+        if disk is not None and disk.bitmaps:
+            return f"has the bitmap {', '.join(disk.bitmaps)} of what has changed in them"
+        return self.kind.keeps(self)
+
     def check_content(self) -> None:
         """Error when what the node shows is no image of any moment."""
         if self.bottom.committed_to is not None:

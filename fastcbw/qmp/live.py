@@ -127,6 +127,8 @@ class Live:
         above.kind.check_replace(above, child)
         if edge.role == "filtered" and not node.kind.live:
             raise Error(f"node '{node.name}': shows a snapshot, no live disk")
+        if edge.role == "filtered" and node.shows is not edge.child.shows:
+            _check_not_kept(above, edge.child, node)
         change = Change(place, device_for(edge.role, node), takes_content=edge.role == "store", above=above, before=edge.child, after=node)
         change.check()
         self.graph.redirect(edge, node)
@@ -172,6 +174,17 @@ class Live:
         """Whether a node may be written is the graph's to say, as long as its device can be: nothing is opened anew."""
         if node.options.get("read-only") and not options.get("read-only") and node.device.read_only:
             raise Error(f"Cannot change the option 'read-only': node '{node.name}' is open for reading only (remove it, and add it anew)")
+
+
+def _check_not_kept(above: Node, before: Node, after: Node) -> None:
+    """Error when something from ABOVE on upwards keeps bytes of BEFORE, or what it knows of them, which AFTER does not show."""
+    todo = [above]
+    for node in todo:       # it grows
+        words = node.keeps()
+        if words is not None:
+            raise Error(f"node '{after.name}': shows other bytes than node '{before.name}', and node '{node.name}' {words} (end that first, or put "
+                        f"the export on another node above '{after.name}')")
+        todo += [edge.parent for edge in node.parents if edge.role == "filtered" and edge.parent not in todo]
 
 
 def _forget_discards(change: Change, seconds: float) -> None:

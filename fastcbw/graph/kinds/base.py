@@ -58,6 +58,10 @@ class Kind:
     def check_replace(self, node: Node, child: str) -> None:
         """Error when another node cannot be put in the stead of CHILD just now."""
 
+    def keeps(self, node: Node) -> str | None:
+        """Words for what NODE itself keeps of the bytes that it shows, so that others can't be put in their stead; None: nothing."""
+        return None
+
     def needs(self, node: Node, child: str, above: Needs) -> Needs:
         """What the edge to CHILD needs when the parents of NODE together need ABOVE. A filter passes that on."""
         return above

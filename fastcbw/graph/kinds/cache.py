@@ -36,6 +36,9 @@ class Cache(Kind):
         if self._writeback(node) and not node.device.read_only:
             node.device.flush()
 
+    def keeps(self, node: Node) -> str | None:
+        return "has some of them in RAM"
+
     def close(self, node: Node) -> None:
         """The child is not ours."""
         self.settle(node)

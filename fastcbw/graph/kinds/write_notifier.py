@@ -40,6 +40,9 @@ class WriteNotifierKind(Kind):
         if node.device.has_begun and not node.device.is_ended:
             raise Error(f"node '{node.name}': its backup runs (wait for its end, or cancel it)")
 
+    def keeps(self, node: Node) -> str | None:
+        return "is copying them to its target" if node.device.has_begun and not node.device.is_ended else None
+
     def needs(self, node: Node, child: str, above: Needs) -> Needs:
         if child == "target":
             return TARGET
