@@ -55,6 +55,7 @@ cdef class CacheDevice(Filter):
     cdef int write_back(self, CacheSlot *slot) noexcept nogil
     cdef int write_all_back(self) noexcept nogil
     cdef int read_part(self, CacheSlot *slot, VectorPlace *place, int64_t at, int64_t length) noexcept nogil
+    cdef int read_past(self, VectorPlace *place, int64_t offset, int64_t length) noexcept nogil
     cdef int write_part(self, CacheSlot *slot, VectorPlace *place, int64_t at, int64_t length, uint32_t flags) noexcept nogil
     cdef int write_range(self, const iovec *vector, int64_t offset, int64_t length, uint32_t flags) noexcept nogil
     cdef int clear_blocks(self, int64_t first, int64_t end, bint zero, uint32_t flags) noexcept nogil

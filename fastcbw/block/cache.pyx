@@ -11,7 +11,7 @@ for room ends. Zeroes and discards of whole blocks go to the child at once: nobo
 time), all slots of it are taken, also from write-back, and what they hold goes when the child has succeeded.
 
 Write-back is a disk's volatile cache: sync() writes all back that is dirty, then flushes the child; FUA does so for its blocks. What the
-child does not take stays dirty and the error is reported, by the flush, or by the write that wanted the room. Memory that is
+child does not take stays dirty and the error is reported, by the flush, or by the write that wanted the room; a read goes past. Memory that is
 lost (a crash) takes what no flush has covered along, as a disk does. close() writes back.
 """
 
@@ -305,6 +305,23 @@ cdef class CacheDevice(Filter):
             copy_out(place, self.data_of(slot) + at, length)
         return code
 
+    cdef int read_past(self, VectorPlace *place, int64_t offset, int64_t length) noexcept nogil:
+        """Read a part of a block that is not here, and for which there is no room because the child does not take what is dirty.
+
+        Who brings it here meanwhile writes beside this read, which may show either.
+        """
+        cdef size_t step
+        cdef int code = 0
+        while length and code == 0:
+            step = min(<size_t>length, place.vector.iov_len - place.done)
+            if step:
+                code = self.child.pread(<char *>place.vector.iov_base + place.done, offset, <int64_t>step)
+                add_relaxed(&self.read_bytes, <uint64_t>step)
+            move_on(place, step)
+            offset += <int64_t>step
+            length -= <int64_t>step
+        return code
+
     cdef int write_part(self, CacheSlot *slot, VectorPlace *place, int64_t at, int64_t length, uint32_t flags) noexcept nogil:
         """Change a part of a block. Sectors that are written in part and not here are read first."""
         cdef int64_t base = slot.block << CACHE_BLOCK_BITS
@@ -397,9 +414,10 @@ cdef class CacheDevice(Filter):
             step = min(length, CACHE_BLOCK - (offset & (CACHE_BLOCK - 1)))
             slot = self.acquire(offset >> CACHE_BLOCK_BITS, WAIT, &code)
             if slot == NULL:
-                break
-            code = self.read_part(slot, &place, offset & (CACHE_BLOCK - 1), step)
-            self.release(slot)
+                code = self.read_past(&place, offset, step)
+            else:
+                code = self.read_part(slot, &place, offset & (CACHE_BLOCK - 1), step)
+                self.release(slot)
             offset += step
             length -= step
         return code

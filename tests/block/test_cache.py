@@ -152,6 +152,19 @@ def test_a_write_that_finds_no_room_because_the_child_fails_is_told(child):
     assert child.read(0, (1 << 20) + BLOCK) == b"n" * (1 << 20) + b"m" * BLOCK
 
 
+def test_a_read_that_finds_no_room_because_the_child_fails_is_served(child):
+    """What fails are writes: the guest's reads have nothing to do with it."""
+    device, old = cache(child, writeback=True), child.read(0, LENGTH)
+    device.write(0, b"n" * (1 << 20))       # all of the room
+    with child.child.fail_on("write", errno=errno.ENOSPC):
+        assert device.read(40 * BLOCK - 700, BLOCK) == old[40 * BLOCK - 700 : 41 * BLOCK - 700]
+        assert device.read(0, BLOCK) == b"n" * BLOCK
+        with pytest.raises(OSError):
+            device.write(40 * BLOCK, b"x")
+    device.flush()
+    assert child.read(0, LENGTH) == b"n" * (1 << 20) + old[1 << 20 :]
+
+
 def test_a_failed_write_through_is_not_believed(child):
     device, old = cache(child), child.read(0, LENGTH)
     device.read(0, BLOCK)
