@@ -7,7 +7,9 @@ import pytest
 from test_qemu_qmp_client import drive
 
 from fastcbw.errors import Error
+from fastcbw.export.nbd import server
 from fastcbw.export.nbd.client import Client
+from fastcbw.wire import constants as c
 
 LENGTH = 1 << 20
 K = 1 << 10
@@ -267,3 +269,21 @@ def test_a_second_listener_begins_and_ends(daemon, disk, execute, tmp_path):
 def test_a_wrong_address_is_refused(daemon, execute, addr):
     with pytest.raises(Error, match="addr|port"):
         execute("nbd-server-start", addr=addr)
+
+
+def test_an_export_whose_requests_did_not_end_in_time_is_removed_by_a_second_try(daemon, disk, execute, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(server, "DEVICE_SECONDS", 0.05)
+    execute("blockdev-add", driver="x-fastcbw-delay", node_name="late", file="disk", read_ms=1000)
+    execute("block-export-add", type="nbd", id="e", node_name="late", name="late")
+    with Client(tmp_path / "nbd", "late") as client:
+        client.send(c.CMD_READ, 0, 4096)
+        while not daemon.nbd.exports["late"].status()["counters"]["requests"]:
+            pass
+        with pytest.raises(Error, match="have not ended"):
+            execute("block-export-del", id="e", mode="hard")
+        with pytest.raises(Error, match="Node late is in use: by export 'e'"):
+            execute("blockdev-del", node_name="late")       # not under their hands
+        monkeypatch.setattr(server, "DEVICE_SECONDS", 30)
+        execute("block-export-del", id="e")
+    execute("blockdev-del", node_name="late")

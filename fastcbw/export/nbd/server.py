@@ -173,6 +173,7 @@ class Server:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)     # a client has left
         self._exports: dict[str, Export] = {}
+        self._ending: dict[str, Export] = {}        # removed, but requests of theirs had not ended in time
         self._clients: dict[int, _Client] = {}
         self._listeners: list[listen.Listener] = []
         self._number = 0
@@ -305,22 +306,27 @@ class Server:
         Raises KeyError for an unknown name; Error naming how many connections use it, and nothing has changed, unless
         FORCE: then its clients are disconnected after what they have in flight, and waited for. Clients that have closed
         their socket and are about to be noticed don't count: they are waited for, so that a script may remove an
-        export as soon as the tool that used it has ended.
+        export as soon as the tool that used it has ended. Error, too, when requests under way do not end: nobody gets the export
+        any more, and another call waits on.
         """
         if not force:
             self._wait_for_departed(name)
         with self._lock:
-            export = self._exports.get(name)
+            export = self._exports.get(name) or self._ending.get(name)
             if export is None:
                 raise KeyError(f"export {name!r}: there is none")
             users = export.connections
-            if users and not force:
+            if users and not force and not export._removed:
                 raise Error(f"export {name!r}: {users} connection{'s' if users > 1 else ''} use it (disconnect them, or force)")
             export._removed = True
-            del self._exports[name]
+            self._exports.pop(name, None)
+            self._ending[name] = export
             clients = list(export._clients)
         if not self._end(clients):
-            raise Error(f"export {name!r}: requests of its connections have not ended after {DEVICE_SECONDS:.0f} s")
+            raise Error(f"export {name!r}: requests of its connections have not ended after {DEVICE_SECONDS:.0f} s (remove it again to wait on)")
+        with self._lock:
+            if self._ending.get(name) is export:
+                del self._ending[name]
 
     def _wait_for_departed(self, name: str) -> None:
         """Wait for those clients of NAME that have hung up; bounded."""
