@@ -712,13 +712,13 @@ def _keep(engine_ref, wake):
     try:
         while True:
             select.select([wake], [], [], KEEPER_RETRY_SECONDS if left else None)
+            try:
+                os.eventfd_read(wake)       # before the look at what it may have been for: the end that comes after that wakes us again
+            except BlockingIOError:
+                pass
             engine = engine_ref()
             if engine is None or engine.is_closed:
                 return
-            try:
-                os.eventfd_read(wake)
-            except BlockingIOError:
-                pass
             try:
                 engine._tell_refusals()
                 left = engine._keep()

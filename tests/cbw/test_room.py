@@ -1,10 +1,15 @@
 """No room, and errors of source and store: who waits, for what, how long, and what the policies make of it."""
 
 import errno
+import os
+import threading
+import weakref
 
 import pytest
 from engine_disks import wait_until
 from test_invariants import K, LENGTH, Task, read, write
+
+from fastcbw.cbw import engine as engine_module
 
 OLD = b"o" * LENGTH
 
@@ -251,3 +256,29 @@ def test_what_is_preserved_is_counted_by_its_cause(engine):
     engine.device.discard(8 * K, K)         # recorded: copies nothing
     assert view.read(12 * K, K) == b"o" * K
     assert engine.report("s")["preserved_by"] == {"write": 2 * K, "write-zeroes": 3 * K, "copy-on-read": K}
+
+
+def test_the_keeper_ends_though_the_end_comes_with_a_break():
+    """Both wake it once: the end is set just after it has looked for one, and must not be taken for the break's wake-up."""
+    wake = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    class Ending:
+        closed = False
+
+        @property
+        def is_closed(self):
+            before, self.closed = self.closed, True
+            if not before:
+                os.eventfd_write(wake, 1)
+            return before
+
+        def _tell_refusals(self):
+            pass
+
+        _keep = _drop_unneeded = _tell_refusals
+
+    engine = Ending()
+    thread = threading.Thread(target=engine_module._keep, args=(weakref.ref(engine), wake), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
