@@ -639,7 +639,7 @@ cdef class Engine:
                     facts["disk_error"] = os.strerror(load_seq(&store.log_error))
                 rate = rate_now(&store.filling)
                 if rate > 0 and not store.in_place:         # which is never full
-                    facts["seconds_to_full"] = round(store_room(store, True) / rate, 1)
+                    facts["seconds_to_full"] = round((store_room(store, True) + <int64_t>kept) / rate, 1)
             return facts
 
     @property

@@ -26,7 +26,7 @@ from fastcbw.cbw.latency cimport latency_free, latency_init
 from fastcbw.cbw.locmap cimport (LEAF_CLUSTERS, STORES_MAX, WORD_DISK, WORD_NONE, WORD_RAM, WORD_ZERO, map_free, map_get, map_init, map_leaf,
                                  word_tag)
 from fastcbw.cbw.room cimport room_changed, room_destroy, room_init
-from fastcbw.cbw.store cimport Store, store_free
+from fastcbw.cbw.store cimport Store, store_droppable, store_free
 from fastcbw.kernels.atomic cimport (add_relaxed, add_seq, and_release, and_seq, cas_seq, load_acquire, load_relaxed,
                                      load_seq, or_acquire, or_release, or_seq, store_relaxed, store_seq, sub_seq)
 from fastcbw.kernels.bits cimport bits_all_seq, bits_mark_seq, bits_next_zero
@@ -518,6 +518,7 @@ cdef void kept_set(Snap *snap, int64_t cluster) noexcept nogil:
     if not or_seq(snap.kept.words + cluster // 64, bit) & bit:
         add_seq(&snap.kept_count, 1)
         add_seq(snap.kept_total, 1)
+        store_droppable(snap.store, 1)
 
 
 cdef uint64_t kept_clear(Snap *snap, int64_t w, uint64_t bits) noexcept nogil:
@@ -527,4 +528,5 @@ cdef uint64_t kept_clear(Snap *snap, int64_t w, uint64_t bits) noexcept nogil:
     had = and_seq(snap.kept.words + w, ~bits) & bits
     sub_seq(&snap.kept_count, <uint64_t>popcount(had))
     sub_seq(snap.kept_total, <uint64_t>popcount(had))
+    store_droppable(snap.store, -<int64_t>popcount(had))
     return had

@@ -39,7 +39,7 @@ cdef struct Store:
     uint64_t inherited      # 1: a cluster that reads left in its RAM is an older snapshot's now; a hint, see cbw/keep (atomic)
     bint retired            # its snapshot has ended: it goes when no word names anything in it (control)
     Room *room              # the engine's: who is told when room is freed, or when the flusher is wanted
-    Rate filling            # net clusters taken, both tiers; under `lock`
+    Rate filling            # net clusters taken, both tiers, without those that can be dropped; under `lock`
     # RAM tier
     char *pages             # slots_reserved clusters of address space, populated on use
     Slot *slots
@@ -99,6 +99,8 @@ cdef int64_t slots_oldest(Store *store, int64_t *slots, int64_t *clusters, uint3
 # Sets the limit of RAM; memory that is free above it goes back to the system. What is used above it goes as it is freed.
 cdef void slots_set_limit(Store *store, int64_t limit) noexcept nogil
 cdef int64_t store_room(Store *store, bint with_log) noexcept nogil     # clusters that could be taken now
+# Of what is taken, COUNT more (or fewer) can be dropped at any time: they fill nothing, for the forecast.
+cdef void store_droppable(Store *store, int64_t count) noexcept nogil
 # Disk: up to COUNT consecutive positions; how many (0: full), *first the first. A run never spans a segment. In place: COUNT, see log_place.
 cdef int64_t log_take(Store *store, int64_t count, int64_t *first) noexcept nogil
 cdef void log_give_back(Store *store, int64_t position) noexcept nogil

@@ -343,6 +343,12 @@ cdef int64_t store_room(Store *store, bint with_log) noexcept nogil:
     return room
 
 
+cdef void store_droppable(Store *store, int64_t count) noexcept nogil:
+    pthread_mutex_lock(&store.lock)
+    rate_note(&store.filling, -count)
+    pthread_mutex_unlock(&store.lock)
+
+
 # -- disk tier
 
 cdef int64_t log_offset(const Store *store, int64_t position) noexcept nogil:

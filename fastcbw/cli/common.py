@@ -163,6 +163,13 @@ def table_lines(heads: tuple[str, ...], rows: list[tuple]) -> list[str]:
     return lines
 
 
+def until(seconds: float | None) -> str:
+    """A forecast for people: in the unit that leaves two or three digits; - for None."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
 def terminate_as_interrupt() -> None:
     """From here on SIGTERM interrupts as Ctrl-C does, so that what has begun is cleaned up."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastcbw.cli.common import UsageError, add_json, add_qmp, connect, print_json, print_table
+from fastcbw.cli.common import UsageError, add_json, add_qmp, connect, print_json, print_table, until
 from fastcbw.units import format_size
 
 
@@ -80,7 +80,7 @@ def _remarks(kept: dict) -> list[str]:
     """What is to be said of a snapshot beside its row."""
     remarks = [kept["reason"]] if kept.get("reason") else []
     if kept.get("seconds_to_full") is not None:
-        remarks.append(f"full in {kept['seconds_to_full']:.0f} s at the present rate")
+        remarks.append(f"full in {until(kept['seconds_to_full'])} at the present rate")
     if "cluster_size" in kept:
         remarks += _savings((("room by zeroes", kept["zero_clusters"] * kept["cluster_size"]),
                              ("copies by copy-on-read", kept["copies_avoided"] * kept["cluster_size"]),

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 from fastcbw.cbw.latency import KINDS, LIMITS_NS, percentile_us
-from fastcbw.cli.common import UsageError, add_json, add_qmp, connect, print_json, table_lines
+from fastcbw.cli.common import UsageError, add_json, add_qmp, connect, print_json, table_lines, until
 from fastcbw.units import format_size
 
 CLEAR_SCREEN, HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[2J", "\x1b[H", "\x1b[K", "\x1b[J"
@@ -136,7 +136,7 @@ def lines(report: dict) -> list[str]:
         out += ["", *table_lines(("SNAPSHOT", "STATE", "PRESERVED", "RATE", "RAM", "DISK", "FULL IN"), [
             (name, snapshot["state"] or "", format_size(snapshot["preserved_bytes"]), f"{_size(snapshot['preserved_bytes_per_s'])}/s",
              _tier(snapshot["ram_bytes"], snapshot["ram_limit"]), _tier(snapshot["disk_bytes"], snapshot["disk_limit"]),
-             _until(snapshot["seconds_to_full"])) for name, snapshot in report["snapshots"].items()])]
+             until(snapshot["seconds_to_full"])) for name, snapshot in report["snapshots"].items()])]
     if report["exports"]:
         out += ["", *table_lines(("EXPORT", "CLIENTS", "REQUESTS", "READ", "WRITTEN", "ERRORS"), [
             (name, str(export["connections"]), f"{export['requests_per_s']:.0f}/s", f"{_size(export['bytes_read_per_s'])}/s",
@@ -159,9 +159,3 @@ def _us(latency: float | None) -> str:
 
 def _tier(used: int, limit: int) -> str:
     return "-" if not limit else f"{format_size(used)} of {format_size(limit)} ({used / limit:.0%})"
-
-
-def _until(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

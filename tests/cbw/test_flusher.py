@@ -391,3 +391,14 @@ def test_the_forecast_counts_both_tiers_and_what_came_free(engine, log):
     view.discard(0, LENGTH)
     wait_idle(engine)
     assert engine.report("s")["seconds_to_full"] is None        # as much came free as was taken
+
+
+def test_what_reads_keep_fills_nothing_in_the_forecast(engine):
+    view = engine.snapshot("s", ram=40 * K, copy_on_read=True)
+    view.read(0, 20 * K)
+    assert engine.report("s")["kept_clusters"] == 20 and engine.report("s")["seconds_to_full"] is None
+    write(engine, 30, b"n", 10)
+    # As above: thirty to go, the kept ones among them.
+    assert 2.9 <= engine.report("s")["seconds_to_full"] <= 60
+    engine.drop("s")
+    assert 2.9 <= engine.report("s")["seconds_to_full"] <= 60
