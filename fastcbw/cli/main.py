@@ -93,7 +93,8 @@ def _run(argv: list[str]) -> int:
     # argparse takes positionals in one run only: `serve a.img --socket s b.img` leaves b.img over.
     several = next((name for name in ("images", "disks") if hasattr(arguments, name)), None)
     if rest and (several is None or any(word.startswith("-") for word in rest)):
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
+        words = argv[:2] if "action" in arguments else argv[:1]
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)} (see fastcbw {' '.join(words)} --help)")
     if rest:
         getattr(arguments, several).extend(rest)
     return arguments.run(arguments)

@@ -31,7 +31,6 @@ class Graph:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
-        self._next = 1
         self._undo: list[Callable[[], None]] | None = None      # of the transaction under way
         self._leaving: list[Node] = []                          # to be closed when it commits
         self._settled = False                                   # they have been asked whether they can go
@@ -52,7 +51,7 @@ class Graph:
         else the kinds raise. Nothing is left open then.
         """
         planned: dict[str, tuple[Node, dict[str, str]]] = {}
-        asked = [self._plan(description, planned, True, 0) for description in descriptions]
+        asked = [self._plan(description, planned, None, 0) for description in descriptions]
         opened: list[Node] = []
         try:
             for name in _in_order(planned, self.nodes):
@@ -175,8 +174,8 @@ class Graph:
         if self._undo is not None:
             self._undo.append(step)
 
-    def _plan(self, description: Mapping[str, Any], planned: dict[str, tuple[Node, dict[str, str]]], owned: bool, depth: int) -> Node:
-        """Check one description, and those inside it; nothing is opened."""
+    def _plan(self, description: Mapping[str, Any], planned: dict[str, tuple[Node, dict[str, str]]], place: str | None, depth: int) -> Node:
+        """Check one description, and those inside it; nothing is opened. PLACE: PARENT.CHILD of what is written inside another, else None."""
         if not isinstance(description, Mapping):
             raise Error(f"Invalid parameter type for a node, expected: object, got {type(description).__name__}")
         if depth > DEPTH_LIMIT or len(planned) + len(self.nodes) >= NODES_LIMIT:
@@ -190,16 +189,16 @@ class Graph:
         options = check_options(driver, kind.options, tuple(kind.children), description)
         name = options.get("node-name")
         if name is None:
-            if owned:
+            if place is None:
                 raise Error("'node-name' must be specified for the root node")
-            name = self._free_name(planned)
+            name = self._free_name(place, planned)
         try:
             check_name(name, "node-name")
         except ValueError as error:
             raise Error(f"Invalid node-name: '{name}' ({error})") from None
         if name in self.nodes or name in planned:
             raise Error(f"Duplicate nodes with node-name='{name}'")
-        node = Node(name, kind, options, owned)
+        node = Node(name, kind, options, place is None)
         names: dict[str, str] = {}
         planned[name] = node, names
         for child in kind.children:
@@ -207,16 +206,18 @@ class Graph:
             if isinstance(below, str):
                 names[child] = below
             elif isinstance(below, Mapping):
-                names[child] = self._plan(below, planned, False, depth + 1).name
+                names[child] = self._plan(below, planned, f"{name}.{child}", depth + 1).name
             else:
                 raise Error(f"Invalid parameter type for '{child}', expected: a node-name or an object")
         return node
 
-    def _free_name(self, planned: Mapping[str, object]) -> str:
-        while f"node{self._next}" in self.nodes or f"node{self._next}" in planned:
-            self._next += 1
-        self._next += 1
-        return f"node{self._next - 1}"
+    def _free_name(self, place: str, planned: Mapping[str, object]) -> str:
+        """PLACE, with a number behind it where another node has that name."""
+        name, number = place, 1
+        while name in self.nodes or name in planned:
+            number += 1
+            name = f"{place}-{number}"
+        return name
 
     def _open(self, node: Node, names: Mapping[str, str]) -> None:
         for name, below in names.items():

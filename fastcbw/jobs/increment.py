@@ -26,7 +26,8 @@ class IncrementTarget(Target):
             super().__init__(target, length, sources=sources, force=force)
             return
         if not os.path.lexists(path):
-            raise FileNotFoundError(errno.ENOENT, "an increment is written into a full backup, which must exist", path)
+            left = f" ({path + INCOMPLETE} is there: give it its name back)" if os.path.lexists(path + INCOMPLETE) else ""
+            raise FileNotFoundError(errno.ENOENT, f"an increment is written into a full backup, which must exist{left}", path)
         path = os.path.realpath(path)
         self._check_other(path, sources)
         if not force:

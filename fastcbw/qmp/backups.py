@@ -191,9 +191,9 @@ class Backups:
 def check_sync(sync: str, bitmap: str | None, mode: str | None) -> str | None:
     """Refuse what QEMU refuses of sync, bitmap and bitmap-mode, in its words; then what is not built. Return the mode."""
     if sync not in ("full", "top", "none", "incremental", "bitmap"):
-        raise Error(f"Parameter 'sync' does not accept value '{sync}'")
+        raise Error(f"Parameter 'sync' does not accept value '{sync}' (there is full, top, incremental, bitmap, none)")
     if mode not in (None, "on-success", "never", "always"):
-        raise Error(f"Parameter 'bitmap-mode' does not accept value '{mode}'")
+        raise Error(f"Parameter 'bitmap-mode' does not accept value '{mode}' (there is on-success, always, never)")
     if sync in ("incremental", "bitmap") and bitmap is None:
         raise Error(f"must provide a valid bitmap name for '{sync}' sync mode")
     if sync == "incremental":

@@ -126,14 +126,14 @@ class Daemon:
         """Return the disk NAME: one that is served, or that of a node of the graph."""
         if name in self.disks:
             return self.disks[name]
-        try:
-            node = self.nodes.graph.nodes[name]
-            if not node.kind.live:
-                raise Error(f"node {name!r}: shows a snapshot, no live disk")
-            return node.disk()
-        except KeyError:
-            known = ", ".join(self.disks) or "none"
-            raise Error(f"disk {name!r}: not found (disks here: {known})") from None
+        nodes = self.nodes.graph.nodes
+        if name not in nodes:
+            known = dict.fromkeys([*self.disks, *(node.name for node in nodes.values() if node.owned and node.kind.live)])
+            raise Error(f"disk {name!r}: not found (disks here: {', '.join(known) or 'none'})")
+        if not nodes[name].kind.live:
+            below = nodes[name].children["file"].child.name
+            raise Error(f"node {name!r}: shows a snapshot, no live disk (as DISK@SNAP it is {below}@{below})")
+        return nodes[name].disk()
 
     def snapshot(self, disk: str, name: str):
         """Return the live snapshot NAME of DISK."""

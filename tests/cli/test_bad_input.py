@@ -84,6 +84,12 @@ def test_a_socket_path_that_is_a_file(refused, image):
     refused(1, "vm.img", "serve", "vm.img", "--socket", "vm.img")
 
 
+@pytest.mark.parametrize("verb", [("serve", "vm.img"), ("snapshot", "create", "--name", "s", "vm"), ("backup", "a", "b")])
+def test_a_mistyped_option_sends_to_the_help_of_its_verb(refused, verb):
+    words = " ".join(verb[:2] if verb[0] == "snapshot" else verb[:1])
+    refused(2, f"unrecognized arguments: --cluster-sise 4K (see fastcbw {words} --help)", *verb, "--cluster-sise", "4K")
+
+
 @pytest.mark.parametrize("size", ["5Q", "-1", "1.5", "", "0x10", "1.3K", "9999999P"])
 def test_a_wrong_size(refused, image, size):
     refused(2, "--ram", "serve", "vm.img", "--socket", "s", "--snapshot", "s", f"--ram={size}")

@@ -60,6 +60,18 @@ def test_a_wrong_file_is_one_line(run, tmp_path, content, status, words):
     assert not (tmp_path / "nbd").exists()
 
 
+def test_the_verbs_name_what_there_is_in_place_of_a_wrong_name(serve, run, tmp_path, image):
+    nodes = [CONFIG["nodes"][0], CONFIG["nodes"][1] | {"file": {"driver": "raw", "file": {"driver": "file", "filename": "vm.img"}}}, CONFIG["nodes"][2]]
+    (tmp_path / "graph.json").write_text(json.dumps(CONFIG | {"nodes": nodes}))
+    served = serve("--config", "graph.json", "--socket", "nbd")
+    assert "disk 'vm': not found (disks here: store, cbw)" in run("map", "vm", "--qmp", "nbd.qmp").stderr
+    assert "node 'snap': shows a snapshot, no live disk (as DISK@SNAP it is cbw@cbw)" in run("backup", "snap", "out.img", "--qmp", "nbd.qmp").stderr
+    assert run("backup", "cbw@cbw", "out.img", "--qmp", "nbd.qmp").returncode == 0
+    assert (tmp_path / "out.img").read_bytes() == image.read_bytes()
+    assert "cbw.file.file@cbw" in run("status", "--qmp", "nbd.qmp").stdout      # named by its place, as nobody named it
+    del served
+
+
 def test_dot_and_json_together_are_refused(served, run):
     done = run("graph", "--dot", "--json", "--qmp", "nbd.qmp")
     assert done.returncode == 2 and "--dot: not together with --json" in done.stderr

@@ -103,7 +103,7 @@ def test_a_conflict_names_both_parents_the_node_and_the_permission(graph, image)
     export = graph.attach("export 'vm'", [(graph.find("disk"), "root", "source", GUEST)])
     with pytest.raises(Error, match=r"export 'vm' needs 'write' on node 'disk' as 'root': conflicts with use by node 'cbw' as 'file'"):
         graph.add([cbw()])
-    assert set(graph.nodes) == {"disk", "node1", "store"}
+    assert set(graph.nodes) == {"disk", "disk.file", "store"}
     assert graph.find("store").parents == []
     graph.detach(export)
     graph.add([cbw()])
@@ -123,7 +123,7 @@ def test_needs_reach_the_bottom_through_filters(graph, image):
     graph.add([raw("disk", image)])
     graph.attach("export 'vm'", [(graph.find("disk"), "root", "source", GUEST)])
     (node,) = [node for node in graph.describe() if node["driver"] == "raw"]
-    assert node["children"] == [{"name": "file", "node": "node1", "role": "filtered", "taken": ["consistent-read", "write"],
+    assert node["children"] == [{"name": "file", "node": "disk.file", "role": "filtered", "taken": ["consistent-read", "write"],
                                  "shared": ["consistent-read", "write", "write-unchanged", "resize"]}]
 
 
@@ -131,8 +131,8 @@ def test_a_node_in_use_is_not_removed_and_one_inside_another_goes_with_it(graph,
     graph.add([raw("disk", image), memory("store", 4 * LENGTH), cbw()])
     with pytest.raises(Error, match="Node disk is in use: by node 'cbw'"):
         graph.remove("disk")
-    with pytest.raises(Error, match="Node node1 is not owned by the monitor"):
-        graph.remove("node1")
+    with pytest.raises(Error, match="Node disk.file is not owned by the monitor"):
+        graph.remove("disk.file")
     with pytest.raises(Error, match="Failed to find node with node-name='no'"):
         graph.remove("no")
     for name in ("cbw", "disk", "store"):
@@ -192,7 +192,7 @@ def test_replace_stays_within_one_disk(graph, image):
 def test_a_read_only_node_is_not_written_through_another(graph, image):
     graph.add([{"driver": "raw", "node-name": "disk", "file": {"driver": "file", "filename": image, "read-only": True}}])
     assert graph.find("disk").read_only
-    with pytest.raises(Error, match="node 'node1' is read-only: node 'disk' needs 'write' on it"):
+    with pytest.raises(Error, match="node 'disk.file' is read-only: node 'disk' needs 'write' on it"):
         graph.attach("export 'vm'", [(graph.find("disk"), "root", "source", GUEST)])
 
 

@@ -99,6 +99,8 @@ def test_a_cancelled_increment_leaves_the_file_under_the_name_that_says_incomple
             job.wait()
         assert os.listdir(tmp_path) == ["backup.incomplete"]
         assert disk.bitmaps["b"].report()["count"] == LENGTH
+        with pytest.raises(FileNotFoundError, match="backup.incomplete is there: give it its name back"):
+            disk.backup(full, bitmap="b", force=True)
         os.rename(tmp_path / "backup.incomplete", full)
         disk.backup(full, bitmap="b", force=True).wait()
         assert full.read_bytes() == b"x" * LENGTH
