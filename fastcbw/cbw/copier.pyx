@@ -27,7 +27,7 @@ from fastcbw.cbw.discard cimport granule_bytes
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, load_seq, store_seq
 from fastcbw.kernels.bytes cimport is_zero
-from fastcbw.sync cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background, sleep_ns
+from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, run_in_background, sleep_ns
 
 from fastcbw.cbw.landed import landed_for
 from fastcbw.cbw.offload import behind_for
@@ -101,6 +101,7 @@ cdef class Copier:
         cdef char *buffer
         cdef char *other = NULL
         cdef int64_t polls = 0
+        cdef bint more
         cdef Behind behind = None if self.comparing else behind_for(self.target, BEHIND_BYTES)
         with nogil:
             if in_background:
@@ -111,16 +112,16 @@ cdef class Copier:
             if buffer == NULL or (self.comparing and other == NULL):
                 self.note_error(-ENOMEM, DOING_ALLOCATE, 0, self.chunk)
             else:
-                while self.pace.take():
+                more = self.pace.take()
+                while more:
                     if not self.next_piece(&piece):
                         self.pace.give()
-                        if self.watching and self.await_more(&polls):
-                            continue
-                        break
-                    if self.work(&piece, buffer, other, behind):
+                        more = self.watching and self.await_more(&polls) and self.pace.take()
+                    elif self.work(&piece, buffer, other, behind):
                         self.pace.give()
-                        break
-                    self.pace.give()
+                        more = False
+                    else:
+                        more = self.pace.again()
                 self.pace.stop(False)       # who sleeps is not needed any more
             if buffer != NULL:
                 unmap_pages(buffer, self.chunk)
@@ -130,7 +131,7 @@ cdef class Copier:
     cdef int work(self, const Piece *piece, char *buffer, char *other, Behind behind) noexcept nogil:
         """Do a piece, in steps as the pace has them. Not 0: it failed, which is noted, or was cancelled."""
         cdef Piece step
-        cdef int64_t at = 0
+        cdef int64_t at = 0, begun = 0
         cdef bint landed = False
         cdef int code
         step.zero = piece.zero
@@ -146,6 +147,7 @@ cdef class Copier:
                 step.length = self.pace.step(step.length)
                 if step.length == 0:
                     return -EINTR
+                begun = now_ns()
             if self.comparing:
                 code = self.compare_piece(&step, buffer, other)
             elif landed:
@@ -164,7 +166,7 @@ cdef class Copier:
             if self.copied is not None:
                 self.note_copied(&step)
             if not piece.zero and not landed:
-                self.pace.moved(step.length)
+                self.pace.moved(step.length, now_ns() - begun)
             add_seq(&self.done_bytes, <uint64_t>step.length)
             at += step.length
         return 0

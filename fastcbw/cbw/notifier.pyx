@@ -406,7 +406,7 @@ cdef class WriteNotifier(Filter):
 
     cdef void work(self, Pace pace, int64_t most) noexcept nogil:
         cdef uint64_t got[CLAIM_WORDS + 1]
-        cdef int64_t first, count
+        cdef int64_t first, count, begun
         cdef bint more = True
         while more and pace.take():
             more = False
@@ -414,9 +414,10 @@ cdef class WriteNotifier(Filter):
                 more = not self.rest_is_done()
             # The rate is paid for before anything is claimed: a guest write never waits for a claim that sleeps.
             elif self.pay(pace, most << self.cluster_bits):
+                begun = now_ns()
                 count = self.next_claim(got, most, &first)
                 more = count == 0 or self.copy_claimed(got, first, count, False) == 0
-                pace.moved(count << self.cluster_bits)
+                pace.moved(count << self.cluster_bits, now_ns() - begun)
             pace.give()
         pace.stop(True)         # who sleeps is not needed any more: all is done, or nobody wants it
 

@@ -19,6 +19,7 @@ cdef class Pace:
     # everything below: under the mutex
     cdef pthread_mutex_t mutex
     cdef pthread_cond_t changed
+    cdef pthread_cond_t free    # for who waits in take()
     cdef int level
     cdef int busy               # workers with a piece
     cdef int reading            # of these, reading from the source
@@ -29,6 +30,13 @@ cdef class Pace:
     cdef uint64_t rate          # bytes a second that the user allows; 0: no limit
     cdef uint64_t guest_rate    # that the guest's latency allows; 0: no limit
     cdef int64_t due_ns         # when the next piece may begin, by the rate
+    cdef int first              # level to begin with (constant)
+    # the shortest time that a piece took: in this window, which began then, and in the one before
+    cdef int64_t window_ns
+    cdef int64_t shortest_ns
+    cdef int64_t shortest_before_ns
+    cdef double needed          # bytes in flight that the last rounds made use of: pieces a second x shortest time, of full pieces
+    cdef bint excess_tried      # less under way was tried for this level
     # the climb to the level from which on more in flight gains nothing
     cdef int phase
     cdef int best_level
@@ -42,9 +50,11 @@ cdef class Pace:
     cdef bint round_void        # it was slowed down by a rate, a pause or the guest: it says nothing about the target
 
     cdef bint take(self) noexcept nogil                 # waits until one more may be at work; False: no more
-    cdef void give(self) noexcept nogil                 # it has done what it took
+    cdef bint again(self) noexcept nogil                # it has done what it took, and takes more; False: no more
+    cdef void give(self) noexcept nogil                 # it has done what it took, or can't
+    cdef void wake(self) noexcept nogil
     cdef int64_t step(self, int64_t left) noexcept nogil        # waits for the rate; bytes to move now, of LEFT; 0: cancelled
-    cdef void moved(self, int64_t length) noexcept nogil        # they have been moved
+    cdef void moved(self, int64_t length, int64_t took_ns) noexcept nogil       # they have been moved, since step() that long
     cdef void read_begin(self) noexcept nogil           # waits while as many as may are reading
     cdef void read_end(self) noexcept nogil
     cdef void stop(self, bint at_once) noexcept nogil   # take() gives nothing any more, and at_once: nor does step()
@@ -57,5 +67,6 @@ cdef class Pace:
     cdef void hold(self, int level) noexcept nogil
     cdef void probe(self) noexcept nogil
     cdef int64_t flight(self, int level) noexcept nogil
+    cdef int enough(self) noexcept nogil
     cdef void change(self, uint64_t rate, uint64_t guest_rate) noexcept
     cdef void go_to(self, int level) noexcept nogil

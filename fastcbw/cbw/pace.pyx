@@ -1,14 +1,18 @@
 """The pace of a job: bytes in flight that fit its target, a rate, and the guest's needs.
 
-    worker:  take ─▶ next piece ─▶ ( step ─▶ read_begin ─ read ─ read_end ─▶ write ─▶ moved )* ─▶ give
+    worker:  take ─▶ ( next piece ─▶ ( step ─▶ read_begin ─ read ─ read_end ─▶ write ─▶ moved )* ─▶ again )* ─▶ give
 
 Bytes in flight. More of them help until the target's latency is hidden; from then on they only wait in a queue, cost memory, delay a
 cancel and stand in front of the guest where it shares the queue. So the job begins with one worker, and climbs: four times as many bytes in
 flight as long as a round shows nearly as many times the throughput for it, twice as many while it shows some, and back where it was too far. A round of the climb lasts about one
 latency of the target: from the change of the level until as many pieces have ended as began with it, so that few
 bytes are moved before the target's latency is hidden. Then the job stays, and now and then tries one level up (kept when it gains) and one down
-(kept when it loses nothing). What is found is about latency x bandwidth of the target, without measuring either. Workers above the level
-sleep. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
+(kept when it loses nothing). Workers above the level
+sleep.
+
+A target with a buffer takes the first bytes faster than it will take the rest, and a climb believes it. So no step goes beyond some times what the throughput so far moves
+in the shortest time that a piece took lately: latency x bandwidth, counted in pieces (Little's law), where a piece that waited in the target's queue does not count as latency. And a job that holds far
+more than that under way tries soon how it fares with less. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
 
 A target that is worth many bytes in flight is worth large writes, too: gather() says how long a short piece may be made by its neighbours.
 
@@ -20,7 +24,7 @@ Everything is under one mutex, taken a few times for each step of many KiB. A wo
 
 from libc.stdint cimport int64_t, uint64_t
 
-from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_wait,
+from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_wait,
                            pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -31,15 +35,21 @@ cdef enum:
 
     PIECE_MIN = 4096
     SKIP_ROUNDS = 10            # rounds between two probes
+    EXCESS_ROUNDS = 2           # ... where far more is under way than the target's latency asks for
 
 cdef int64_t ROUND_NS = 50000000
+cdef int64_t ROUND_MAX_NS = 250000000    # of a held level, where its pieces take long
 cdef int64_t CLIMB_NS = 25000000
+cdef int64_t WINDOW_NS = 1000000000      # how long a shortest time counts: twice this at most
 cdef int64_t PIECE_NS = 200000000
 cdef int64_t BURST_NS = 50000000
 cdef double CLIMB_GAIN = 1.15   # a step of the climb has to give at least this
 cdef double STEEP_GAIN = 0.7    # this part of what a step could give at most, or more: the next step is four times as much
+cdef int CLIMB_FLIGHT = 4       # times latency x bandwidth: no step of the climb or probe goes beyond
+cdef int HOLD_FLIGHT = 2        # ... that is kept under way where it is enough
 cdef double UP_GAIN = 1.06      # one level more, about a quarter
 cdef double DOWN_LOSS = 0.97
+cdef double EXCESS_LOSS = 0.9   # of a large step down: one round of it is compared with one of before
 
 
 cdef class Pace:
@@ -62,15 +72,17 @@ cdef class Pace:
             self.workers_max = max(self.workers_max, workers)
             self.piece_max = max(self.piece_max, piece)
         self.levels_count = len(levels)
-        self.level = self.best_level = first
+        self.level = self.best_level = self.first = first
         self.phase = CLIMB if len(levels) > 1 else HOLD
         self.probe_up = True
         pthread_mutex_init(&self.mutex, NULL)
         cond_init(&self.changed)
+        cond_init(&self.free)
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.mutex)
         pthread_cond_destroy(&self.changed)
+        pthread_cond_destroy(&self.free)
 
     # -- workers
 
@@ -78,18 +90,31 @@ cdef class Pace:
         cdef bint go
         pthread_mutex_lock(&self.mutex)
         while not self.stopped and self.busy >= self.levels[self.level].workers:
-            pthread_cond_wait(&self.changed, &self.mutex)
+            pthread_cond_wait(&self.free, &self.mutex)
         go = not self.stopped
         self.busy += go
         pthread_mutex_unlock(&self.mutex)
         return go
 
+    cdef bint again(self) noexcept nogil:
+        cdef bint stays
+        pthread_mutex_lock(&self.mutex)
+        stays = not self.stopped and self.busy <= self.levels[self.level].workers
+        self.busy -= not stays          # nobody is woken: as many as may be are at work
+        pthread_mutex_unlock(&self.mutex)
+        return stays or self.take()
+
     cdef void give(self) noexcept nogil:
         pthread_mutex_lock(&self.mutex)
         self.busy -= 1
-        if self.workers_max > 1:
-            pthread_cond_broadcast(&self.changed)
+        if self.busy < self.levels[self.level].workers:
+            pthread_cond_signal(&self.free)
         pthread_mutex_unlock(&self.mutex)
+
+    cdef void wake(self) noexcept nogil:
+        """With the mutex held: something changed that somebody may wait for."""
+        pthread_cond_broadcast(&self.changed)
+        pthread_cond_broadcast(&self.free)
 
     cdef int64_t step(self, int64_t left) noexcept nogil:
         cdef int64_t now, length = 0
@@ -134,12 +159,17 @@ cdef class Pace:
             pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.mutex)
 
-    cdef void moved(self, int64_t length) noexcept nogil:
+    cdef void moved(self, int64_t length, int64_t took_ns) noexcept nogil:
         cdef int64_t now
         if self.levels_count == 1:
             return
         pthread_mutex_lock(&self.mutex)
         now = now_ns()
+        if now - self.window_ns > WINDOW_NS:
+            self.shortest_before_ns = self.shortest_ns if self.window_ns else took_ns
+            self.shortest_ns = took_ns
+            self.window_ns = now
+        self.shortest_ns = min(self.shortest_ns, took_ns)
         if self.to_skip > 0:
             self.to_skip -= 1
         elif self.round_ns == 0 or self.round_void:
@@ -149,14 +179,14 @@ cdef class Pace:
             self.round_pieces += 1
             if self.round_is_over(now):
                 self.judge(now)
-                pthread_cond_broadcast(&self.changed)
+                pthread_cond_broadcast(&self.free)
         pthread_mutex_unlock(&self.mutex)
 
     cdef void stop(self, bint at_once) noexcept nogil:
         pthread_mutex_lock(&self.mutex)
         self.stopped = True
         self.cancelled |= at_once
-        pthread_cond_broadcast(&self.changed)
+        self.wake()
         pthread_mutex_unlock(&self.mutex)
 
     # -- inside, with the mutex held
@@ -175,6 +205,8 @@ cdef class Pace:
     cdef bint round_is_over(self, int64_t now) noexcept nogil:
         if self.phase == CLIMB:
             return now - self.round_ns >= CLIMB_NS and self.round_pieces >= self.levels[self.level].workers
+        if self.phase == HOLD and now - self.round_ns >= ROUND_MAX_NS:
+            return True
         return now - self.round_ns >= ROUND_NS and self.round_pieces >= 2 * self.levels[self.level].workers
 
     cdef void go_to(self, int level) noexcept nogil:
@@ -193,6 +225,8 @@ cdef class Pace:
         """A round has ended: what does it say of the level?"""
         cdef double rate = <double>self.round_bytes * 1e9 / <double>(now - self.round_ns)
         cdef int level = self.level
+        cdef double needed = <double>(self.round_pieces * min(self.shortest_ns, self.shortest_before_ns)) / <double>(now - self.round_ns)
+        self.needed = needed * self.levels[level].piece
         if (now - self.round_ns) // self.round_pieces * self.levels[level].workers > PIECE_NS and self.levels[level].workers == 1 and level > 0:
             # Slower than a piece in PIECE_NS: smaller ones, at once.
             self.phase = HOLD
@@ -208,16 +242,22 @@ cdef class Pace:
             self.begin_round(now)
             if self.rounds >= SKIP_ROUNDS:
                 self.probe()
+            elif self.rounds >= EXCESS_ROUNDS and not self.excess_tried and self.enough() < level:
+                self.excess_tried = True
+                self.best_rate = rate       # the target may have become slower just now
+                self.phase = PROBE_DOWN
+                self.go_to(self.enough())
         elif self.phase == PROBE_UP:
             if rate > self.best_rate * UP_GAIN:
                 self.best_rate = rate
                 self.best_level = level
-                if level + 1 < self.levels_count:
+                self.excess_tried = False
+                if level + 1 < self.levels_count and self.flight(level + 1) <= CLIMB_FLIGHT * self.needed:
                     self.go_to(level + 1)
                     return
             self.hold(self.best_level)
         else:
-            if rate > self.best_rate * DOWN_LOSS:
+            if rate > self.best_rate * (EXCESS_LOSS if self.excess_tried else DOWN_LOSS):
                 self.best_level = level         # best_rate stays: a little less each time would add up
             self.hold(self.best_level)
 
@@ -239,7 +279,8 @@ cdef class Pace:
         else:
             self.best_rate = rate
             self.best_level = level
-            while next_level + 1 < self.levels_count and self.flight(next_level) < times * self.flight(level):
+            while (next_level + 1 < self.levels_count and self.flight(next_level) < times * self.flight(level)
+                   and self.flight(next_level + 1) <= CLIMB_FLIGHT * self.needed):
                 next_level += 1
             if next_level == level:
                 self.hold(level)
@@ -248,6 +289,13 @@ cdef class Pace:
 
     cdef int64_t flight(self, int level) noexcept nogil:
         return self.levels[level].workers * self.levels[level].piece
+
+    cdef int enough(self) noexcept nogil:
+        """The lowest level, not below the first, that keeps HOLD_FLIGHT times latency x bandwidth under way, or the present one."""
+        cdef int level = min(self.first, self.level)
+        while level < self.level and self.flight(level) < HOLD_FLIGHT * self.needed:
+            level += 1
+        return level
 
     cdef int64_t gather(self) noexcept nogil:
         cdef int64_t length
@@ -266,8 +314,9 @@ cdef class Pace:
         cdef int level = self.level
         cdef bint up = self.probe_up
         self.rounds = 0
+        self.excess_tried = False
         self.probe_up = not up
-        if up and level + 1 < self.levels_count:
+        if up and level + 1 < self.levels_count and self.flight(level + 1) <= CLIMB_FLIGHT * self.needed:
             self.phase = PROBE_UP
             self.go_to(level + 1)
         elif not up and level > 0 and self.levels[level].workers > 1:
@@ -292,7 +341,7 @@ cdef class Pace:
                 self.due_ns = now       # what an old, lower rate asked for is not waited for
             self.rate = rate
             self.guest_rate = guest_rate
-            pthread_cond_broadcast(&self.changed)
+            self.wake()
             pthread_mutex_unlock(&self.mutex)
 
     def set_readers(self, int limit):
@@ -300,7 +349,7 @@ cdef class Pace:
         with nogil:
             pthread_mutex_lock(&self.mutex)
             self.readers_limit = limit
-            pthread_cond_broadcast(&self.changed)
+            self.wake()
             pthread_mutex_unlock(&self.mutex)
 
     def set_paused(self, bint paused):
@@ -308,7 +357,7 @@ cdef class Pace:
         with nogil:
             pthread_mutex_lock(&self.mutex)
             self.paused = paused
-            pthread_cond_broadcast(&self.changed)
+            self.wake()
             pthread_mutex_unlock(&self.mutex)
 
     def status(self):
