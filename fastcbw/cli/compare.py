@@ -17,6 +17,8 @@ SIZE_MIN = 1 << 20
 #: Where a whole run keeps its cells, unless --folder names another place.
 FOLDER = "fastcbw-compare"
 SHM = "/dev/shm"
+#: Options that say what is measured, and how.
+MEASURING = ("quick", "full", "cross", "schemes", "loads", "targets", "repetitions", "size", "ram", "seconds", "trace", "unpinned", "folder", "work")
 
 
 def add_parser(verbs) -> None:
@@ -58,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.results is not None:
         from fastcbw.compare.results import load
 
+        given = [f"--{option}" for option in MEASURING if getattr(arguments, option)]
+        if given:
+            raise UsageError(f"{', '.join(given)}: of a measurement, and with --from nothing is measured (leave one out)")
         document = load(arguments.results)
         if arguments.against is not None:
             return _agree(document, load(arguments.against))

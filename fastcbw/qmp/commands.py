@@ -96,8 +96,9 @@ def _given(table: tuple[Option, ...], options: dict) -> dict:
 
 def _describe(snapshot, daemon: Daemon) -> dict:
     described = {"disk": snapshot.disk.name, "name": snapshot.name, "length": snapshot.length}
-    if daemon.nbd is not None:
-        described["uri"] = daemon.uri(f"{snapshot.disk.name}@{snapshot.name}")
+    export = f"{snapshot.disk.name}@{snapshot.name}"
+    if daemon.nbd is not None and export in daemon.nbd.exports:     # those of jobs and nodes are not
+        described["uri"] = daemon.uri(export)
     try:
         described["status"] = snapshot.status()
     except Error as error:  # deleted between the listing and the look at it

@@ -203,6 +203,9 @@ class Daemon:
 
     def _check_unused(self, snapshot) -> None:
         name = _export_name(snapshot)
+        for node in self.nodes.graph.nodes.values():
+            if node.kind.live and node.snapshot is snapshot:
+                raise Error(f"snapshot {name}: is that of node '{node.name}', and ends with it (blockdev-del)")
         for record in self.jobs.all():
             if record.outcome is None and f"{record.disk}@{record.snapshot}" == name:
                 raise Error(f"snapshot {name}: in use by job {record.id} (cancel it, or wait for its end)")

@@ -197,6 +197,7 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("compare", "--loads", "gentle"), "--loads: 'gentle' is unknown (there is paced-4k, "),
     (("compare", "--targets", ","), "--targets: names nothing (there is file, "),
     (("compare", "--quick", "--full"), "contradict"),
+    (("compare", "--from", "kept", "--schemes", "none", "--unpinned"), "--schemes, --unpinned: of a measurement, and with --from"),
     (("compare", "--size", "100K"), "--size"),
     (("compare", "--trace", "./vm.img"), "vm.img: is no trace"),
     (("bogus",), "bogus"), ((), "VERB"), (("status", "--bogus"), "--bogus"), (("serve", "--sock", "s"), "--sock"),

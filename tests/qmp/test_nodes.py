@@ -62,6 +62,18 @@ def test_the_fleecing_sequence_of_qemu_works_as_it_is(daemon, disk, execute, tmp
     assert {node["node-name"] for node in execute("query-named-block-nodes")} == {"a", "b"}
 
 
+def test_the_snapshot_of_a_node_ends_with_the_node_alone(daemon, remote, disk, execute, tmp_path):
+    add(execute, **CBW)
+    add(execute, driver="snapshot-access", node_name="snap", file="cbw")
+    execute("block-export-add", type="nbd", id="fleece", node_name="snap", name="fleece")
+    with pytest.raises(Error, match=r"snapshot disk.file@cbw: is that of node 'cbw', and ends with it \(blockdev-del\)"):
+        execute("fastcbw-snapshot-delete", name="cbw", disks=["disk"])
+    (listed,) = execute("fastcbw-snapshot-list")
+    assert listed["name"] == "cbw" and "uri" not in listed      # nothing is exported as disk.file@cbw
+    with Client(tmp_path / "nbd", "fleece") as reader:
+        assert reader.read(0, 4) == b"old!"
+
+
 def test_metrics_and_latencies_are_of_disks_under_nodes_too(daemon, remote, disk, execute, tmp_path):
     """A disk that only blockdev-add names is counted and measured as one that the daemon serves by itself, and goes with its node."""
     add(execute, **CBW)
