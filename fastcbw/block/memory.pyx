@@ -9,6 +9,10 @@ from fastcbw.block.sys cimport iovec
 from fastcbw.kernels.bytes cimport is_zero
 from fastcbw.units import parse_size
 
+cdef extern from "torn.h" nogil:
+    void fcbw_torn_begin() noexcept         # what overlaps may tear, see the class: nothing for the thread sanitizer
+    void fcbw_torn_end() noexcept
+
 
 cdef class MemoryDevice(BlockDevice):
     """A disk of LENGTH zero bytes in memory; what is never written costs no memory.
@@ -33,9 +37,11 @@ cdef class MemoryDevice(BlockDevice):
 
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
         cdef int i
+        fcbw_torn_begin()
         for i in range(count):
             memcpy(vector[i].iov_base, self.pages + offset, vector[i].iov_len)
             offset += <int64_t>vector[i].iov_len
+        fcbw_torn_end()
         return 0
 
     cdef int preadv_nowait(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
@@ -43,17 +49,23 @@ cdef class MemoryDevice(BlockDevice):
 
     cdef int pwritev(self, const iovec *vector, int count, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
         cdef int i
+        fcbw_torn_begin()
         for i in range(count):
             memcpy(self.pages + offset, vector[i].iov_base, vector[i].iov_len)
             offset += <int64_t>vector[i].iov_len
+        fcbw_torn_end()
         return 0
 
     cdef int write_zeroes_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        fcbw_torn_begin()
         memset(self.pages + offset, 0, <size_t>length)
+        fcbw_torn_end()
         return 0
 
     cdef int discard_at(self, int64_t offset, int64_t length, uint32_t flags) noexcept nogil:
+        fcbw_torn_begin()
         memset(self.pages + offset, 0, <size_t>length)
+        fcbw_torn_end()
         return 0
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
