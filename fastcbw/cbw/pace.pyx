@@ -363,9 +363,16 @@ cdef class Pace:
     def status(self):
         """Return workers and piece of the present level, busy workers, in_flight (bytes, at most), rate, guest_rate, paused."""
         cdef Level level
+        cdef int busy
+        cdef uint64_t rate, guest_rate
+        cdef bint paused
         with nogil:
             pthread_mutex_lock(&self.mutex)
             level = self.levels[self.level]
+            busy = self.busy
+            rate = self.rate
+            guest_rate = self.guest_rate
+            paused = self.paused
             pthread_mutex_unlock(&self.mutex)
-        return {"workers": level.workers, "piece": level.piece, "in_flight": level.workers * level.piece, "busy": self.busy,
-                "rate": self.rate, "guest_rate": self.guest_rate, "paused": bool(self.paused)}
+        return {"workers": level.workers, "piece": level.piece, "in_flight": level.workers * level.piece, "busy": busy,
+                "rate": rate, "guest_rate": guest_rate, "paused": bool(paused)}

@@ -49,8 +49,7 @@ cdef class CopyPool:
     cdef Copy *head
     cdef Copy *tail
     cdef bint stopping
-    cdef readonly int running       # threads in run()
-    cdef readonly int abandoned     # copies whose guest write went on without them, not yet ended
+    cdef int left_behind            # copies whose guest write went on without them, not yet ended
     cdef object owner               # what must live as long as a thread runs (the engine state)
 
     cdef void submit(self, Copy *task) noexcept nogil

@@ -263,7 +263,7 @@ cdef class CopyPool:
         code = 0
         if not task.done:
             task.abandoned = True
-            self.abandoned += 1
+            self.left_behind += 1
             code = -ETIMEDOUT
         pthread_mutex_unlock(&self.lock)
         return code
@@ -298,16 +298,13 @@ cdef class CopyPool:
         drop_references(task)
         copy_free(task)
         pthread_mutex_lock(&self.lock)
-        self.abandoned -= 1
+        self.left_behind -= 1
         pthread_mutex_unlock(&self.lock)
 
     def run(self):
         """Make copies until stop(); for a thread of its own. Never holds the interpreter lock."""
         cdef Copy *task
         with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.running += 1
-            pthread_mutex_unlock(&self.lock)
             while True:
                 task = self.take()
                 if task == NULL:
@@ -315,9 +312,15 @@ cdef class CopyPool:
                 if task.wanted:
                     copy_run(task)
                 self.finish(task)
-            pthread_mutex_lock(&self.lock)
-            self.running -= 1
-            pthread_mutex_unlock(&self.lock)
+
+    @property
+    def abandoned(self):
+        """Copies whose guest write went on without them, not yet ended."""
+        cdef int count
+        pthread_mutex_lock(&self.lock)
+        count = self.left_behind
+        pthread_mutex_unlock(&self.lock)
+        return count
 
     def stop(self):
         """Let every thread end once its present copy has ended. Returns at once."""
