@@ -30,7 +30,6 @@ from fastcbw.cbw.lazy cimport lazy_carry_out, lazy_drop
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX, STORES_MAX
 from fastcbw.cbw.policy cimport why_text
-from fastcbw.cbw.rate cimport rate_now
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.room cimport room_changed
 from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line,
@@ -38,11 +37,11 @@ from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELET
                                 bitmap_bytes, cluster_end, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
                                 snap_unref, wake_keeper)
 from fastcbw.cbw.stops cimport Stops
-from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_now, slots_set_limit,
-                                store_free, store_new, store_room)
+from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_set_limit,
+                                StoreFill, store_fill, store_free, store_new, store_room)
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
-from fastcbw.sync cimport now_ns, pthread_mutex_lock, pthread_mutex_unlock, sleep_ns
+from fastcbw.sync cimport now_ns, sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
 from fastcbw.cbw.spill import open_spill
@@ -379,13 +378,7 @@ cdef class Engine:
 
     cdef bint is_holding(self, int index) except -1:
         cdef Store *store = self.state.stores[index]
-        cdef int64_t used
-        if store == NULL:
-            return False
-        pthread_mutex_lock(&store.lock)
-        used = store.log_used
-        pthread_mutex_unlock(&store.lock)
-        return used != 0
+        return store != NULL and store_fill(store).log_used != 0
 
     cdef uint64_t pins_of(self, int index):
         return load_seq(&self.state.stores[index].pins) if self.state.stores[index] != NULL else 0
@@ -567,13 +560,15 @@ cdef class Engine:
         """Return inherited_ram_bytes and inherited_disk_bytes: what ended snapshots have left that older ones read, where it lay."""
         cdef int i
         cdef Store *store
+        cdef StoreFill fill
         ram = disk = 0
         with self.control:
             for i in range(STORES_MAX):
                 store = self.state.stores[i]
                 if store != NULL and store.retired:
-                    ram += store.slots_used * store.cluster_bytes
-                    disk += store.log_used * store.cluster_bytes
+                    fill = store_fill(store)
+                    ram += fill.slots_used * store.cluster_bytes
+                    disk += fill.log_used * store.cluster_bytes
         return {"inherited_ram_bytes": ram, "inherited_disk_bytes": disk}
 
     def latency_meter(self):
@@ -585,6 +580,7 @@ cdef class Engine:
         """Return the facts of one snapshot as a dict: sizes in bytes, counts in clusters. KeyError for an unknown name."""
         cdef SnapshotDevice snapshot
         cdef Store *store
+        cdef StoreFill fill
         cdef int64_t size
         cdef uint64_t kept, spared
         with self.control:
@@ -628,18 +624,18 @@ cdef class Engine:
                 facts["kept_bytes"] = kept * size
                 facts["copies_avoided"] = spared
                 store = snapshot.snap.store
-                facts["ram_bytes"] = slots_now(store) * size
-                facts["ram_bytes_max"] = store.slots_used_max * size
-                facts["ram_limit"] = store.slots_limit * size
-                facts["disk_bytes"] = store.log_used * size
-                facts["disk_limit"] = store.segments_limit * store.segment_clusters * size
+                fill = store_fill(store)
+                facts["ram_bytes"] = fill.slots_used * size
+                facts["ram_bytes_max"] = fill.slots_used_max * size
+                facts["ram_limit"] = fill.slots_limit * size
+                facts["disk_bytes"] = fill.log_used * size
+                facts["disk_limit"] = fill.log_limit * size
                 facts["disk_dead_bytes"] = log_dead(store) * size
                 facts["flushed_clusters"] = load_relaxed(&store.flushed)
                 if load_seq(&store.log_error):
                     facts["disk_error"] = os.strerror(load_seq(&store.log_error))
-                rate = rate_now(&store.filling)
-                if rate > 0 and not store.in_place:         # which is never full
-                    facts["seconds_to_full"] = round((store_room(store, True) + <int64_t>kept) / rate, 1)
+                if fill.rate > 0 and not store.in_place:        # which is never full
+                    facts["seconds_to_full"] = round((store_room(store, True) + <int64_t>kept) / fill.rate, 1)
             return facts
 
     @property

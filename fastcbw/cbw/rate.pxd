@@ -24,7 +24,7 @@ cdef inline void rate_note(Rate *rate, int64_t count) noexcept nogil:
     rate.net[at] += count
 
 cdef inline double rate_now(const Rate *rate) noexcept nogil:
-    # Per second, over the last RATE_SECONDS or since the first note. A report: it takes no lock.
+    # Per second, over the last RATE_SECONDS or since the first note. Under the same lock.
     cdef double now = now_ns() / 1e9
     cdef int64_t second = <int64_t>now
     cdef double seconds = now - rate.began

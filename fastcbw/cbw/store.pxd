@@ -82,6 +82,15 @@ cdef struct Store:
     int64_t retry_ns        # not to be tried again before; the flusher's
     int64_t backoff_ns
 
+# What is used, in clusters, of one moment.
+cdef struct StoreFill:
+    int64_t slots_used
+    int64_t slots_used_max
+    int64_t slots_limit
+    int64_t log_used
+    int64_t log_limit
+    double rate             # clusters a second, net
+
 # in_place_bytes: 0, or the length of the disk, whose clusters lie on LOG at their own offsets; then LOG_BYTES says nothing.
 cdef Store *store_new(int index, int64_t cluster_bytes, int64_t ram_bytes, PyObject *log, int64_t log_bytes, int64_t in_place_bytes,
                       Room *room) noexcept nogil
@@ -98,6 +107,7 @@ cdef void slots_enlist(Store *store, const int64_t *slots, const int64_t *cluste
 cdef int64_t slots_oldest(Store *store, int64_t *slots, int64_t *clusters, uint32_t *generations, int64_t count) noexcept nogil
 # Sets the limit of RAM; memory that is free above it goes back to the system. What is used above it goes as it is freed.
 cdef void slots_set_limit(Store *store, int64_t limit) noexcept nogil
+cdef StoreFill store_fill(Store *store) noexcept nogil
 cdef int64_t store_room(Store *store, bint with_log) noexcept nogil     # clusters that could be taken now
 # Of what is taken, COUNT more (or fewer) can be dropped at any time: they fill nothing, for the forecast.
 cdef void store_droppable(Store *store, int64_t count) noexcept nogil

@@ -31,7 +31,7 @@ from fastcbw.bitmaps.mapping cimport forget_pages, map_pages, memory_bytes, popu
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.locmap cimport GENERATION_MASK, SLOTS_MAX, WORD_DISK, WORD_RAM, word_position, word_slot, word_tag
-from fastcbw.cbw.rate cimport rate_note
+from fastcbw.cbw.rate cimport rate_note, rate_now
 from fastcbw.cbw.room cimport Room, room_changed, room_want_flush
 from fastcbw.kernels.atomic cimport fence_release, load32_relaxed, load_relaxed, load_seq, store32_relaxed, store_relaxed, sub32_seq
 from fastcbw.kernels.bytes cimport crc32c
@@ -324,6 +324,19 @@ cdef void forget_some(Store *store, int count) noexcept nogil:
         store.slots[slot].next = store.cold_head
         store.cold_head = slot
         count -= 1
+
+
+cdef StoreFill store_fill(Store *store) noexcept nogil:
+    cdef StoreFill fill
+    pthread_mutex_lock(&store.lock)
+    fill.slots_used = store.slots_used
+    fill.slots_used_max = store.slots_used_max
+    fill.slots_limit = store.slots_limit
+    fill.log_used = store.log_used
+    fill.log_limit = store.segments_limit * store.segment_clusters
+    fill.rate = rate_now(&store.filling)
+    pthread_mutex_unlock(&store.lock)
+    return fill
 
 
 cdef int64_t store_room(Store *store, bint with_log) noexcept nogil:
