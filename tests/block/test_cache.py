@@ -128,6 +128,47 @@ def test_a_flush_beside_zeroes_does_not_bring_old_data_back(child):
     assert child.read(0, 2 * BLOCK) == bytes(BLOCK) + b"n" * BLOCK == device.read(0, 2 * BLOCK)
 
 
+def fill_with_what_is_dirty(device):
+    """From here on room is made by writing something back."""
+    for block in range(32):
+        device.write(block * BLOCK, b"d" * 512)
+    assert device.counters()["dirty"] == 32 * 512
+
+
+def test_two_that_make_room_for_one_block_end_up_with_one_of_it(child):
+    device = cache(child, writeback=True)
+    fill_with_what_is_dirty(device)
+    with child.hold("write") as gate:
+        writers = [threading.Thread(target=device.write, args=(40 * BLOCK + 512 * i, bytes([i + 1]) * 512)) for i in range(2)]
+        for writer in writers:
+            writer.start()
+        gate.wait_arrived(2)        # each has a slot of its own in view
+    for writer in writers:
+        writer.join(30)
+    assert device.read(40 * BLOCK, 1024) == b"\1" * 512 + b"\2" * 512
+    device.flush()
+    assert child.read(40 * BLOCK, 1024) == b"\1" * 512 + b"\2" * 512
+
+
+def test_who_has_made_room_for_a_block_that_is_being_zeroed_waits(child):
+    device = cache(child, writeback=True)
+    fill_with_what_is_dirty(device)
+    with child.hold("zero") as zeroes:
+        with child.hold("write") as gate:
+            writer = threading.Thread(target=device.write, args=(40 * BLOCK, b"n" * 512))
+            writer.start()
+            gate.wait_arrived()
+            zeroing = threading.Thread(target=device.write_zeroes, args=(40 * BLOCK, BLOCK))
+            zeroing.start()
+            zeroes.wait_arrived()
+        writer.join(0.2)            # it would be a moment
+        assert writer.is_alive()
+    for thread in (writer, zeroing):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert device.read(40 * BLOCK, 1024) == b"n" * 512 + bytes(512)
+
+
 def test_what_the_child_does_not_take_stays_dirty_and_the_flush_says_so(child):
     device = cache(child, writeback=True)
     device.write(0, b"n" * 3 * BLOCK)
