@@ -24,11 +24,15 @@ class Missing(Exception):
 
 
 class Peer:
-    """One server process on one image. cpu: the core it is pinned to, or None."""
+    """One server process on one image. cpu: the core it is pinned to, or None.
+
+    elsewhere: it stands for another machine, and runs on a processor of this one when nobody else wants it.
+    """
 
     name = "peer"
     program = ""
     package = ""
+    elsewhere = False
 
     def __init__(self, image: str, folder: str, cpu: int | None = None):
         self.image = image
@@ -63,6 +67,8 @@ class Peer:
         pin = [] if self.cpu is None else ["taskset", "-c", str(self.cpu)]
         self.log = open(os.path.join(self.folder, f"{self.name}.log"), "w+b")
         self.process = subprocess.Popen(pin + self.command(), stdout=self.log, stderr=self.log)
+        if self.elsewhere:
+            os.sched_setscheduler(self.process.pid, os.SCHED_IDLE, os.sched_param(0))       # its threads inherit it
         deadline = time.monotonic() + 20
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -207,8 +213,9 @@ class Nbdkit(Peer):
     package = "nbdkit"
 
     def __init__(self, image: str, folder: str, cpu: int | None = None, *, name: str | None = None, filters: list[str] = (),
-                 options: list[str] = ()):
+                 options: list[str] = (), elsewhere: bool = False):
         self.name = name or self.name
+        self.elsewhere = elsewhere
         super().__init__(image, folder, cpu)
         self.filters = [f"--filter={word}" for word in filters]
         self.options = list(options)

@@ -114,7 +114,7 @@ def rows(bench: Bench) -> list[Row]:
         """The guest while a job writes to a slow target. make None: without a job."""
         def side() -> Measured:
             path = bench.fresh("slow.img")
-            with Nbdkit(path, bench.folder, bench.load_cpu, name="slow", filters=filters, options=options) as slow, \
+            with Nbdkit(path, bench.folder, bench.load_cpu, name="slow", filters=filters, options=options, elsewhere=True) as slow, \
                     (make or ours)() as peer:
                 if make is not None:
                     push(peer, slow.uri("")).close()

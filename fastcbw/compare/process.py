@@ -59,10 +59,13 @@ class Usage:
 
 
 class Process:
-    """WORDS, to be run as NAME with its output in FOLDER; on core CPU, when one is given."""
+    """WORDS, to be run as NAME with its output in FOLDER; on core CPU, when one is given.
 
-    def __init__(self, name: str, words: list[str], folder: str, cpu: int | None = None):
-        self.name, self.words, self.cpu = name, words, cpu
+    elsewhere: it stands for another machine, and runs on a processor of this one when nobody else wants it.
+    """
+
+    def __init__(self, name: str, words: list[str], folder: str, cpu: int | None = None, *, elsewhere: bool = False):
+        self.name, self.words, self.cpu, self.elsewhere = name, words, cpu, elsewhere
         self.log_path = os.path.join(folder, f"{name}.log")
         self._process: subprocess.Popen | None = None
 
@@ -78,6 +81,8 @@ class Process:
                     os.sched_setaffinity(0, {self.cpu})     # of this thread; the child has it from its first instruction on
                 self._process = subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                                                  start_new_session=True)    # Ctrl-C is for us: we end it
+                if self.elsewhere:      # before it has threads, which inherit it
+                    os.sched_setscheduler(self._process.pid, os.SCHED_IDLE, os.sched_param(0))
             finally:
                 os.sched_setaffinity(0, allowed)
         deadline = time.monotonic() + START_SECONDS_LIMIT

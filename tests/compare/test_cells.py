@@ -14,7 +14,8 @@ def measured(plan, folder):
 
 @pytest.mark.parametrize(("scheme", "load", "target"), [
     ("filter-tiers", "paced-4k", "file"), ("notifier", "generator-4k", "nbd"), ("pull", "generator-4k", "file"),
-    ("sync-none", "generator-4k", "nbd"), ("overlay", "generator-4k", "nbd"), ("qemu-direct", "paced-4k", "file"),
+    ("store-target", "generator-4k", "nbd"), ("sync-none", "generator-4k", "nbd"), ("overlay", "generator-4k", "nbd"),
+    ("qemu-direct", "paced-4k", "file"),
     ("qemu-fleecing-tuned", "generator-4k", "nbd"), ("qemu-overlay", "generator-4k", "file")])
 def test_a_backup_under_load_is_the_disk_at_the_instant(plan, tmp_path, scheme, load, target):
     (record,) = measured(plan(scheme, loads=(load,), targets=(target,)), tmp_path)

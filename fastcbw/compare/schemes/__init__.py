@@ -6,5 +6,5 @@ from fastcbw.compare.schemes.base import Scheme
 
 SCHEMES: dict[str, type[Scheme]] = {scheme.name: scheme for scheme in (
     ours.NoBackup, ours.Notifier, ours.NotifierTuned, ours.FilterRam, ours.FilterTiers, *map(ours.with_order, ORDERS), ours.Pull,
-    ours.SyncNone, ours.Overlay, ours.SlowSource, ours.SlowSourceKept,
+    ours.StoreIsTarget, ours.SyncNone, ours.Overlay, ours.SlowSource, ours.SlowSourceKept,
     qemu.Direct, qemu.DirectTuned, qemu.SyncNone, qemu.Fleecing, qemu.FleecingTuned, qemu.FleecingPull, qemu.Overlay)}

@@ -113,12 +113,8 @@ class SyncNone(Notifier):
         return Tiers(0, stored, stored)
 
 
-class Overlay(Ours):
-    """The guest writes to an overlay, which qemu-nbd serves to us, while the disk below is copied; then the overlay is committed into the disk."""
-
-    name = "overlay"
-    title = "overlay by qemu-nbd, then a live commit"
-    needs = (("qemu-img", "qemu-utils"), ("qemu-nbd", "qemu-utils"))
+class Nodes(Ours):
+    """A graph of nodes: the disk, to which the guest's export goes, and the target."""
 
     def words(self) -> list[str]:
         config = self.setting.path("graph.json")
@@ -127,17 +123,45 @@ class Overlay(Ours):
                        "exports": [{"id": "guest", "node-name": "disk", "name": "disk", "writable": True}]}, file)
         return python_module("fastcbw", "serve", "--config", config, "--socket", self.socket)
 
+    def add_target(self) -> None:
+        target = self.target
+        if target.socket is None:
+            self.qmp.execute("blockdev-add", driver="file", node_name="target", filename=target.where)
+        else:
+            self.qmp.execute("blockdev-add", driver="nbd", node_name="target", server={"type": "unix", "path": target.socket}, export=target.export)
+
+
+class StoreIsTarget(Nodes):
+    """What the guest overwrites goes straight to its place in the backup, and a job copies what is not there yet."""
+
+    name = "store-target"
+    title = "filter whose store is the target"
+
+    def begin(self) -> None:
+        self.add_target()
+        filter_ = {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "target", "layout": "in-place", "ram": 0,
+                   "on-cbw-error": "break-snapshot"}
+        job = {"job-id": self.JOB, "device": "snap", "target": "target", "sync": "full", "discard-source": True, "auto-dismiss": False}
+        actions = [("blockdev-add", filter_), ("blockdev-add", {"driver": "snapshot-access", "node-name": "snap", "file": "cbw"}),
+                   ("fastcbw-replace", {"parent": "guest", "node": "cbw"}), ("blockdev-backup", job)]
+        self.qmp.execute("transaction", actions=[{"type": kind, "data": data} for kind, data in actions])
+        self.settings = {"cache": "writeback", "durability": "none", "ram": 0, "cluster": "4K (default)", "workers": "adaptive"}
+
+
+class Overlay(Nodes):
+    """The guest writes to an overlay, which qemu-nbd serves to us, while the disk below is copied; then the overlay is committed into the disk."""
+
+    name = "overlay"
+    title = "overlay by qemu-nbd, then a live commit"
+    needs = (("qemu-img", "qemu-utils"), ("qemu-nbd", "qemu-utils"))
+
     def begin(self) -> None:
         overlay = self.setting.path("overlay.qcow2")
         create_qcow2(overlay, self.setting.length, self.setting.image)
         execute = self.qmp.execute
         execute("blockdev-add", driver="qcow2", node_name="overlay", file={"driver": "file", "filename": overlay})
         execute("fastcbw-replace", parent="guest", node="overlay")
-        target = self.target
-        if target.socket is None:
-            execute("blockdev-add", driver="file", node_name="target", filename=target.where)
-        else:
-            execute("blockdev-add", driver="nbd", node_name="target", server={"type": "unix", "path": target.socket}, export=target.export)
+        self.add_target()
         execute("blockdev-backup", job_id=self.JOB, device="disk", target="target", sync="full", auto_dismiss=False)
         self.settings = {"cache": "writeback", "durability": "none", "cluster": "64K", "workers": "adaptive"}
         self.copied: Progress | None = None

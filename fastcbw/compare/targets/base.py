@@ -83,7 +83,7 @@ class Served(Target):
     def start(self) -> None:
         super().start()
         self.socket = os.path.join(self.folder, "target.sock")
-        self.process = Process("target", self.words(), self.folder, self.cpu)
+        self.process = Process("target", self.words(), self.folder, self.cpu, elsewhere=True)
         self.process.start(lambda: nbd_answers(self.socket))
 
 
