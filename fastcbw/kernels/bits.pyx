@@ -209,7 +209,7 @@ cdef void words_or_atomic(uint64_t *target, const uint64_t *source, int64_t word
     while w < words:
         or_release(target + w, load_relaxed(source + w))
         w += 1
-        if w < words and source[w] == 0:
+        if w < words and load_relaxed(source + w) == 0:
             w = ops.skip_zeroes(source, w, words)
 
 
