@@ -39,6 +39,12 @@ SERVER_CPU, LOAD_CPU = 0, 1
 SILENCE_S = 0.02
 #: What only a load moves: a block; without a write, after so many seconds.
 BLOCK, READS_S = 4096, 2.0
+#: How often a cell is begun when the guest was caught with a request half sent.
+ATTEMPTS = 3
+
+
+class Caught(Error):
+    """The guest was stopped between the two halves of a request, and the server lets no backup begin before it has the other."""
 
 
 def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
@@ -47,19 +53,24 @@ def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
     reason = reason_not_to_run(cell, plan.trace)
     if reason is not None:
         return record | {"status": "not installed", "why": reason}
-    with ExitStack() as stack:
-        own = tempfile.mkdtemp(prefix="cell-", dir=folder)
-        stack.callback(shutil.rmtree, own, ignore_errors=True)
-        run = _Run(cell, plan, own, stack)
-        watchdog = stack.enter_context(Watchdog(plan.cell_s_max, run.processes))
-        try:
-            return record | {"status": "measured"} | run.run()
-        except Exception as error:      # whatever it is: the other cells go on
-            why = " ".join(str(error).split()) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
-            where = traceback.format_exception(error) + run.logs()
-            if (found := watchdog.where()) is not None:
-                why, where = f"given up after {watchdog.seconds:.0f} s: {found[0]}; {why}", found + where
-            return record | {"status": "failed", "why": why, "where": where}
+    for attempt in range(1, ATTEMPTS + 1):
+        record["attempts"] = attempt
+        with ExitStack() as stack:
+            own = tempfile.mkdtemp(prefix="cell-", dir=folder)
+            stack.callback(shutil.rmtree, own, ignore_errors=True)
+            run = _Run(cell, plan, own, stack)
+            watchdog = stack.enter_context(Watchdog(plan.cell_s_max, run.processes))
+            try:
+                return record | {"status": "measured"} | run.run()
+            except Exception as error:      # whatever it is: the other cells go on
+                if isinstance(error, Caught) and attempt < ATTEMPTS:
+                    continue
+                why = " ".join(str(error).split()) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
+                where = traceback.format_exception(error) + run.logs()
+                if (found := watchdog.where()) is not None:
+                    why, where = f"given up after {watchdog.seconds:.0f} s: {found[0]}; {why}", found + where
+                return record | {"status": "failed", "why": why, "where": where}
+    raise AssertionError("unreachable")
 
 
 class _Run:
@@ -103,7 +114,10 @@ class _Run:
         shutil.copyfile(self.image, self.at_instant)
         used = (self.scheme.usage(), self.target.usage())
         instant = time.monotonic_ns()
-        self.scheme.begin()
+        try:
+            self.scheme.begin()
+        except TimeoutError as error:
+            raise Caught(f"no backup began while the guest was stopped: {error}") from error
         self.load.go_on()
         resumed = time.monotonic_ns()
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import fastcbw
@@ -134,16 +133,7 @@ class Process:
 
     def is_busy(self) -> bool:
         """Tell whether one of its threads runs, or would if it had a processor, or waits for a disk."""
-        try:
-            threads = os.listdir(f"/proc/{self.pid}/task")
-        except OSError:
-            return False
-        for thread in threads:
-            with suppress(OSError):         # it has ended
-                with open(f"/proc/{self.pid}/task/{thread}/stat") as file:
-                    if file.read().rpartition(")")[2].split()[0] in "RD":
-                        return True
-        return False
+        return any(state_of(self.pid, thread) in ("R", "D") for thread in threads_of(self.pid))
 
     def stop(self) -> None:
         """End it, by force when it must be. Stopping twice is no error."""
@@ -156,6 +146,23 @@ class Process:
             except subprocess.TimeoutExpired:
                 self.send_all(signal.SIGKILL)
                 self._process.wait()
+
+
+def threads_of(pid: int) -> list[int]:
+    """Return the threads of process PID, oldest first; none when it has ended."""
+    try:
+        return sorted(int(thread) for thread in os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return []
+
+
+def state_of(pid: int, thread: int) -> str | None:
+    """Return the letter of what THREAD of process PID does, as ps has it; None when it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
 
 
 def nbd_answers(path: str) -> bool:

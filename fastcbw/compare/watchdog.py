@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 
-from fastcbw.compare.process import Process
+from fastcbw.compare.process import Process, state_of, threads_of
 
 #: How long a process may take to write its threads' stacks before it is killed.
 DUMP_S = 1.0
@@ -50,10 +50,11 @@ class Watchdog:
         if self._over.wait(self.seconds):
             return
         frame = sys._current_frames().get(self._watched)
-        self._where = where = ["harness: " + " > ".join(f"{os.path.basename(entry.filename)}:{entry.lineno} {entry.name}" for entry in traceback.extract_stack(frame)[-FRAMES_MAX:])]
+        calls = [f"{os.path.basename(entry.filename)}:{entry.lineno} {entry.name}" for entry in traceback.extract_stack(frame)[-FRAMES_MAX:]]
+        self._where = where = ["harness: " + " > ".join(calls)]
         running = [process for process in self._processes() if process.running()]
         for process in running:
-            where += [f"{process.name}: {line}" for line in threads_of(process.pid)]
+            where += [f"{process.name}: {line}" for line in where_threads_are(process.pid)]
             process.send_all(signal.SIGCONT)
             process.send(signal.SIGABRT)        # those of Python then write their stacks to their log
         deadline = time.monotonic() + DUMP_S
@@ -69,18 +70,13 @@ class Watchdog:
                 return
 
 
-def threads_of(pid: int) -> list[str]:
+def where_threads_are(pid: int) -> list[str]:
     """Return a line for each thread of process PID: name, state, and where in the kernel it is, as far as we may know."""
     lines = []
-    try:
-        threads = sorted(os.listdir(f"/proc/{pid}/task"), key=int)
-    except OSError:
-        return ["has ended"]
-    for thread in threads[:THREADS_MAX]:
-        folder = f"/proc/{pid}/task/{thread}"
-        state = _read(f"{folder}/stat").rpartition(")")[2].split()[:1]
-        lines.append(f"thread {thread} {_read(f'{folder}/comm')}: {''.join(state)} in {_read(f'{folder}/wchan')}, system call {_read(f'{folder}/syscall')}")
-    return lines
+    for thread in threads_of(pid)[:THREADS_MAX]:
+        comm, wchan, call = (_read(f"/proc/{pid}/task/{thread}/{name}") for name in ("comm", "wchan", "syscall"))
+        lines.append(f"thread {thread} {comm}: {state_of(pid, thread) or 'ended'} in {wchan}, system call {call}")
+    return lines or ["has ended"]
 
 
 def _read(path: str) -> str:

@@ -12,7 +12,7 @@ from fastcbw.compare.targets.base import Target
 from fastcbw.errors import Error
 from fastcbw.qmp.client import QmpClient
 
-REPLY_SECONDS_LIMIT = 60
+REPLY_SECONDS_LIMIT = 20
 
 
 @dataclass(frozen=True)
