@@ -67,6 +67,7 @@ EXTENSIONS = [
     "fastcbw.cbw.order",
     "fastcbw.cbw.access",
     "fastcbw.cbw.copier",
+    "fastcbw.cbw.report",
     "fastcbw.cbw.engine",
     "fastcbw.export.nbd.pool",
     "fastcbw.export.nbd.contexts",

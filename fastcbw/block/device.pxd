@@ -102,3 +102,6 @@ cdef class BlockDevice:
     cdef int check_range(self, int64_t offset, int64_t length) except -1
     cdef int check_writable(self) except -1
     cdef int fail(self, int code, str operation, int64_t offset, int64_t length) except -1
+
+# preadv of a device that knows pread alone: the buffers one after the other, until one fails.
+cdef int read_each(BlockDevice device, const iovec *vector, int count, int64_t offset) noexcept nogil

@@ -299,3 +299,13 @@ cdef class BlockDevice:
 
     def __len__(self):
         return self.length
+
+
+cdef int read_each(BlockDevice device, const iovec *vector, int count, int64_t offset) noexcept nogil:
+    cdef int i, code
+    for i in range(count):
+        code = device.pread(vector[i].iov_base, offset, <int64_t>vector[i].iov_len)
+        if code:
+            return code
+        offset += <int64_t>vector[i].iov_len
+    return 0

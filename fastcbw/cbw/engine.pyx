@@ -24,26 +24,25 @@ from fastcbw.cbw.dirty cimport DirtyBitmaps
 from fastcbw.cbw.guest cimport GuestDevice
 from fastcbw.cbw.flusher cimport Flusher
 from fastcbw.cbw.intercept cimport FilterDevice
-from fastcbw.cbw.keep cimport keep_counts, keep_drop_range, keep_trim
+from fastcbw.cbw.keep cimport keep_drop_range, keep_trim
 from fastcbw.cbw.latency cimport latency_meter
 from fastcbw.cbw.lazy cimport lazy_carry_out, lazy_drop
 from fastcbw.cbw.lifecycle cimport (Creation, creation_finish, creations_flip, end_lingering, find_store_index, retire, sweep_stores)
 from fastcbw.cbw.locmap cimport SLOTS_MAX, STORES_MAX
 from fastcbw.cbw.policy cimport why_text
 from fastcbw.cbw.reader cimport SnapshotDevice
+from fastcbw.cbw.report cimport guest_counters, inherited_bytes, snapshot_facts
 from fastcbw.cbw.room cimport room_changed
-from fastcbw.cbw.state cimport (BREAK_GUEST_WRITE, BREAK_SNAPSHOT, BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, Line,
-                                SNAPSHOTS_MAX, STALL_CLAIM, STALL_DEVICE, STALL_ROOM, Snap, Ticket, WAIT_FOR_ROOM, WHY_COMMAND,
-                                bitmap_bytes, cluster_end, enter, geometry_new, geometry_ref, geometry_unref, leave, snap_break, snap_new,
-                                snap_unref, wake_keeper)
+from fastcbw.cbw.state cimport (BROKEN, DELETED, EngineState, Epoch, Geometry, LINES, SNAPSHOTS_MAX, Snap, WHY_COMMAND, bitmap_bytes,
+                                cluster_end, geometry_new, geometry_ref, geometry_unref, snap_break, snap_new, snap_unref, wake_keeper)
 from fastcbw.cbw.stops cimport Stops
-from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_dead, log_set_limit, segment_bytes, slots_set_limit,
-                                StoreFill, store_fill, store_free, store_new, store_room)
+from fastcbw.cbw.store cimport (SEGMENT_HEADER, Store, log_set_limit, segment_bytes, slots_set_limit, store_fill, store_free, store_new)
 from fastcbw.cbw.worker cimport CopyPool
 from fastcbw.kernels.atomic cimport add_seq, load_relaxed, load_seq, store_relaxed, store_seq, sub_seq
 from fastcbw.sync cimport now_ns, sleep_ns
 
 from fastcbw.cbw.options import CLUSTER_SIZE_DEFAULT, SnapshotOptions, check_name
+from fastcbw.cbw.report import POLICIES
 from fastcbw.cbw.spill import open_spill
 from fastcbw.errors import Error, LimitReached, SnapshotBroken
 from fastcbw.units import parse_size
@@ -56,9 +55,6 @@ KEEPER_RETRY_SECONDS = 0.02
 cdef int64_t BUSY_POLL_NS = 100000
 
 cdef int64_t FLUSH_END_NS = 2000000000      # how long the end of a snapshot waits for a batch of its own under way
-
-_POLICIES = {"break-snapshot": BREAK_SNAPSHOT, "break-guest-write": BREAK_GUEST_WRITE, "wait": WAIT_FOR_ROOM}
-_POLICY_NAMES = {value: name for name, value in _POLICIES.items()}
 
 # Devices that callers gave as disk tier: id of the device -> weak reference to the engine whose logs may hold it.
 _spill_owners = {}
@@ -204,8 +200,8 @@ cdef class Engine:
                 device.close()
             raise MemoryError(f"{self.device.name}: no memory for snapshot {name!r}")
         snap.cbw_timeout_ns = options.cbw_timeout * <int64_t>1000000
-        snap.on_full = _POLICIES[options.on_full]
-        snap.on_cbw_error = _POLICIES[options.on_cbw_error]
+        snap.on_full = POLICIES[options.on_full]
+        snap.on_cbw_error = POLICIES[options.on_cbw_error]
         snap.copy_on_read = options.copy_on_read
         self.next_id += 1
         self.state.stores[index] = store
@@ -358,9 +354,9 @@ cdef class Engine:
             self.check_open()
             snapshot = self.snapshots[name]
             if on_full is not None:
-                store_relaxed(&snapshot.snap.on_full, _POLICIES[on_full])
+                store_relaxed(&snapshot.snap.on_full, POLICIES[on_full])
             if on_cbw_error is not None:
-                store_relaxed(&snapshot.snap.on_cbw_error, _POLICIES[on_cbw_error])
+                store_relaxed(&snapshot.snap.on_cbw_error, POLICIES[on_cbw_error])
             room_changed(&self.state.room)
 
     def tier_is_quiet(self, device):
@@ -534,42 +530,12 @@ cdef class Engine:
         Of guest discards, in bytes: lazy_bytes are recorded now; lazy_recorded, lazy_cancelled (by a write, or forgotten), lazy_carried_out and
         lazy_failed (by the disk; not tried again) since the disk was opened.
         """
-        cdef int i
-        cdef Ticket ticket
-        cdef uint64_t writes = 0, moved = 0, touches = 0, waits = 0, slowest = 0
-        cdef Line *line
-        for i in range(LINES):
-            line = &self.state.lines[i]
-            writes += load_relaxed(&line.writes)
-            moved += load_relaxed(&line.bytes)
-            touches += load_relaxed(&line.touches)
-            waits += load_relaxed(&line.waits)
-            slowest = max(slowest, load_relaxed(&line.wait_ns_max))
-        facts = {"writes": writes, "bytes": moved, "touches": touches, "waits": waits, "wait_us_max": slowest // 1000,
-                 "ram_reads": load_relaxed(&self.state.ram_reads), "ram_read_bytes": load_relaxed(&self.state.ram_read_bytes),
-                 "lazy_bytes": 0, "lazy_recorded": load_relaxed(&self.state.lazy_recorded),
-                 "lazy_cancelled": load_relaxed(&self.state.lazy_cancelled),
-                 "lazy_carried_out": load_relaxed(&self.state.lazy_carried_out), "lazy_failed": load_relaxed(&self.state.lazy_failed)}
-        ticket = enter(self.state)      # without the control lock: a report does not wait for a snapshot that begins or ends
-        if ticket.epoch.geometry != NULL:
-            facts["lazy_bytes"] = load_relaxed(&ticket.epoch.geometry.lazy_count) << ticket.epoch.geometry.cluster_bits
-        leave(ticket)
-        return facts
+        return guest_counters(self.state)
 
     def inherited(self):
         """Return inherited_ram_bytes and inherited_disk_bytes: what ended snapshots have left that older ones read, where it lay."""
-        cdef int i
-        cdef Store *store
-        cdef StoreFill fill
-        ram = disk = 0
         with self.control:
-            for i in range(STORES_MAX):
-                store = self.state.stores[i]
-                if store != NULL and store.retired:
-                    fill = store_fill(store)
-                    ram += fill.slots_used * store.cluster_bytes
-                    disk += fill.log_used * store.cluster_bytes
-        return {"inherited_ram_bytes": ram, "inherited_disk_bytes": disk}
+            return inherited_bytes(self.state)
 
     def latency_meter(self):
         """Return a LatencyMeter: from now on, until its close(), guest writes are measured."""
@@ -578,65 +544,9 @@ cdef class Engine:
 
     def report(self, name):
         """Return the facts of one snapshot as a dict: sizes in bytes, counts in clusters. KeyError for an unknown name."""
-        cdef SnapshotDevice snapshot
-        cdef Store *store
-        cdef StoreFill fill
-        cdef int64_t size
-        cdef uint64_t kept, spared
         with self.control:
             self.check_open()
-            snapshot = self.snapshots[name]
-            size = (<int64_t>1) << snapshot.cluster_bits
-            facts = {
-                "state": "live" if snapshot.broken_reason() is None else "broken",
-                "reason": snapshot.broken_reason(),
-                "cluster_size": size,
-                "bitmap": snapshot.bitmap_name,
-                "export": snapshot.export,
-                "discarded_bytes": load_relaxed(&snapshot.snap.discarded),
-                "preserved_clusters": load_relaxed(&snapshot.snap.preserved),
-                "preserved_bytes": load_relaxed(&snapshot.snap.preserved) * size,
-                "zero_clusters": load_relaxed(&snapshot.snap.preserved_zero),
-                "preserved_by": {
-                    "write": (load_relaxed(&snapshot.snap.preserved) - load_relaxed(&snapshot.snap.preserved_zeroing)) * size,
-                    "write-zeroes": load_relaxed(&snapshot.snap.preserved_zeroing) * size,
-                    "copy-on-read": load_relaxed(&snapshot.snap.read_kept) * size,
-                },
-                "ram_bytes": 0, "ram_bytes_max": 0, "ram_limit": 0, "disk_bytes": 0, "disk_limit": 0, "disk_dead_bytes": 0,
-                "copy_on_read": bool(snapshot.snap.copy_on_read),
-                "kept_clusters": 0, "kept_bytes": 0,
-                "read_kept_clusters": load_relaxed(&snapshot.snap.read_kept),
-                "dropped_clusters": load_relaxed(&snapshot.snap.dropped),
-                "copies_avoided": load_relaxed(&snapshot.snap.spared),
-                "cbw_timeout_ms": snapshot.snap.cbw_timeout_ns // 1000000,
-                "on_full": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_full)],
-                "on_cbw_error": _POLICY_NAMES[load_relaxed(&snapshot.snap.on_cbw_error)],
-                "consumers": load_seq(&snapshot.snap.consumers),
-                "refused_writes": load_relaxed(&snapshot.snap.refused),
-                "refused_reason": why_text(load_relaxed(&snapshot.snap.refused_why)).decode() if load_relaxed(&snapshot.snap.refused_why) else None,
-                "flushed_clusters": 0, "disk_error": None, "seconds_to_full": None,
-                "stalls": {kind: {"count": load_relaxed(&snapshot.snap.stalls[i]), "us": load_relaxed(&snapshot.snap.stall_ns[i]) // 1000}
-                           for kind, i in (("claim", STALL_CLAIM), ("device", STALL_DEVICE), ("room", STALL_ROOM))},
-            }
-            if not snapshot.retired:        # afterwards the store is gone, or an older snapshot's
-                keep_counts(self.state, snapshot.snap, &kept, &spared)
-                facts["kept_clusters"] = kept
-                facts["kept_bytes"] = kept * size
-                facts["copies_avoided"] = spared
-                store = snapshot.snap.store
-                fill = store_fill(store)
-                facts["ram_bytes"] = fill.slots_used * size
-                facts["ram_bytes_max"] = fill.slots_used_max * size
-                facts["ram_limit"] = fill.slots_limit * size
-                facts["disk_bytes"] = fill.log_used * size
-                facts["disk_limit"] = fill.log_limit * size
-                facts["disk_dead_bytes"] = log_dead(store) * size
-                facts["flushed_clusters"] = load_relaxed(&store.flushed)
-                if load_seq(&store.log_error):
-                    facts["disk_error"] = os.strerror(load_seq(&store.log_error))
-                if fill.rate > 0 and not store.in_place:        # which is never full
-                    facts["seconds_to_full"] = round((store_room(store, True) + <int64_t>kept) / fill.rate, 1)
-            return facts
+            return snapshot_facts(self.state, self.snapshots[name])
 
     @property
     def cluster_size(self):

@@ -10,7 +10,7 @@ guest wait. When the notifier has ended, by itself or by a failure, what the gue
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint32_t
 
-from fastcbw.block.device cimport BlockDevice
+from fastcbw.block.device cimport BlockDevice, read_each
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.notifier cimport COPYING, WriteNotifier
 from fastcbw.kernels.atomic cimport fence_acquire, load_seq
@@ -51,13 +51,7 @@ cdef class NotifiedView(BlockDevice):
         return code
 
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
-        cdef int i, code
-        for i in range(count):
-            code = self.pread(vector[i].iov_base, offset, <int64_t>vector[i].iov_len)
-            if code:
-                return code
-            offset += <int64_t>vector[i].iov_len
-        return 0
+        return read_each(self, vector, count, offset)
 
     cdef int64_t block_status(self, int64_t offset, int64_t length, uint32_t *flags) noexcept nogil:
         flags[0] = 0                # nothing is known of what the guest may be writing

@@ -107,8 +107,8 @@ class SnapshotOptions:
             raise TypeError(f"copy_on_read: expected a bool, got {type(copy_on_read).__name__}")
         if copy_on_read and room == 0:
             raise ValueError(f"copy_on_read: True without a RAM tier: it never leaves anything elsewhere (give ram, not {ram!r})")
-        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, in_place=bool(in_place), on_full=on_full, on_cbw_error=on_cbw_error, export=export,
-                   whole=whole, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
+        return cls(size, room, folder, limit, cbw_timeout, copy_on_read=copy_on_read, in_place=bool(in_place), on_full=on_full,
+                   on_cbw_error=on_cbw_error, export=export, whole=whole, **_parse_bitmaps(bitmap, bitmap_for, new_bitmap, new_bitmap_granularity))
 
 
 def _parse_bitmaps(bitmap: object, bitmap_for: str | None, new_bitmap: object, granularity: int | str | None) -> dict:

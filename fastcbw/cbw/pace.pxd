@@ -52,7 +52,6 @@ cdef class Pace:
     cdef bint take(self) noexcept nogil                 # waits until one more may be at work; False: no more
     cdef bint again(self) noexcept nogil                # it has done what it took, and takes more; False: no more
     cdef void give(self) noexcept nogil                 # it has done what it took, or can't
-    cdef void wake(self) noexcept nogil
     cdef int64_t step(self, int64_t left) noexcept nogil        # waits for the rate; bytes to move now, of LEFT; 0: cancelled
     cdef void moved(self, int64_t length, int64_t took_ns) noexcept nogil       # they have been moved, since step() that long
     cdef void read_begin(self) noexcept nogil           # waits while as many as may are reading

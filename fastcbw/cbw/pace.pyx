@@ -4,15 +4,15 @@
 
 Bytes in flight. More of them help until the target's latency is hidden; from then on they only wait in a queue, cost memory, delay a
 cancel and stand in front of the guest where it shares the queue. So the job begins with one worker, and climbs: four times as many bytes in
-flight as long as a round shows nearly as many times the throughput for it, twice as many while it shows some, and back where it was too far. A round of the climb lasts about one
-latency of the target: from the change of the level until as many pieces have ended as began with it, so that few
-bytes are moved before the target's latency is hidden. Then the job stays, and now and then tries one level up (kept when it gains) and one down
-(kept when it loses nothing). Workers above the level
-sleep.
+flight as long as a round shows nearly as many times the throughput for it, twice as many while it shows some, and back where it was too far. A
+round of the climb lasts about one latency of the target: from the change of the level until as many pieces have ended as began with it, so
+that few bytes are moved before the target's latency is hidden. Then the job stays, and now and then tries one level up (kept when it gains) and
+one down (kept when it loses nothing). Workers above the level sleep.
 
-A target with a buffer takes the first bytes faster than it will take the rest, and a climb believes it. So no step goes beyond some times what the throughput so far moves
-in the shortest time that a piece took lately: latency x bandwidth, counted in pieces (Little's law), where a piece that waited in the target's queue does not count as latency. And a job that holds far
-more than that under way tries soon how it fares with less. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
+A target with a buffer takes the first bytes faster than it will take the rest, and a climb believes it. So no step goes beyond some times what
+the throughput so far moves in the shortest time that a piece took lately: latency x bandwidth, counted in pieces (Little's law), where a piece
+that waited in the target's queue does not count as latency. And a job that holds far more than that under way tries soon how it fares with
+less. A piece that takes long is halved, so that a slow target is not given more than PIECE_NS of work at a time.
 
 A target that is worth many bytes in flight is worth large writes, too: gather() says how long a short piece may be made by its neighbours.
 
@@ -24,8 +24,8 @@ Everything is under one mutex, taken a few times for each step of many KiB. A wo
 
 from libc.stdint cimport int64_t, uint64_t
 
-from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_wait,
-                           pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+from fastcbw.sync cimport (cond_init, cond_wait_until, now_ns, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+                           pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
     CLIMB = 0                   # twice or four times as much at a time
@@ -111,11 +111,6 @@ cdef class Pace:
             pthread_cond_signal(&self.free)
         pthread_mutex_unlock(&self.mutex)
 
-    cdef void wake(self) noexcept nogil:
-        """With the mutex held: something changed that somebody may wait for."""
-        pthread_cond_broadcast(&self.changed)
-        pthread_cond_broadcast(&self.free)
-
     cdef int64_t step(self, int64_t left) noexcept nogil:
         cdef int64_t now, length = 0
         cdef uint64_t rate
@@ -186,7 +181,8 @@ cdef class Pace:
         pthread_mutex_lock(&self.mutex)
         self.stopped = True
         self.cancelled |= at_once
-        self.wake()
+        pthread_cond_broadcast(&self.changed)
+        pthread_cond_broadcast(&self.free)
         pthread_mutex_unlock(&self.mutex)
 
     # -- inside, with the mutex held
@@ -341,7 +337,7 @@ cdef class Pace:
                 self.due_ns = now       # what an old, lower rate asked for is not waited for
             self.rate = rate
             self.guest_rate = guest_rate
-            self.wake()
+            pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.mutex)
 
     def set_readers(self, int limit):
@@ -349,7 +345,7 @@ cdef class Pace:
         with nogil:
             pthread_mutex_lock(&self.mutex)
             self.readers_limit = limit
-            self.wake()
+            pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.mutex)
 
     def set_paused(self, bint paused):
@@ -357,7 +353,7 @@ cdef class Pace:
         with nogil:
             pthread_mutex_lock(&self.mutex)
             self.paused = paused
-            self.wake()
+            pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.mutex)
 
     def status(self):

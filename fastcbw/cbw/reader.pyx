@@ -15,7 +15,7 @@ from libc.stdio cimport snprintf
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strerror
 
-from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO
+from fastcbw.block.device cimport BlockDevice, STATUS_ABSENT, STATUS_HOLE, STATUS_ZERO, read_each
 from fastcbw.block.sys cimport iovec
 from fastcbw.cbw.discard cimport granule_bytes, has_parts, is_granular, parts_run, snapshot_discard
 from fastcbw.cbw.keep cimport NO_ROOM, keep_fetch, keep_step
@@ -77,13 +77,7 @@ cdef class SnapshotDevice(BlockDevice):
         return 0
 
     cdef int preadv(self, const iovec *vector, int count, int64_t offset, int64_t length) noexcept nogil:
-        cdef int i, code
-        for i in range(count):
-            code = self.pread(vector[i].iov_base, offset, <int64_t>vector[i].iov_len)
-            if code:
-                return code
-            offset += <int64_t>vector[i].iov_len
-        return 0
+        return read_each(self, vector, count, offset)
 
     cdef int read_range(self, char *buffer, int64_t offset, int64_t length, bint nowait) noexcept nogil:
         """At most BATCH_BYTES. Batches of clusters; see read_batch."""

@@ -526,7 +526,8 @@ cdef uint64_t kept_clear(Snap *snap, int64_t w, uint64_t bits) noexcept nogil:
     if not load_relaxed(snap.kept.words + w) & bits:
         return 0
     had = and_seq(snap.kept.words + w, ~bits) & bits
-    sub_seq(&snap.kept_count, <uint64_t>popcount(had))
-    sub_seq(snap.kept_total, <uint64_t>popcount(had))
-    store_droppable(snap.store, -<int64_t>popcount(had))
+    if had:         # else somebody else took the note back just now
+        sub_seq(&snap.kept_count, <uint64_t>popcount(had))
+        sub_seq(snap.kept_total, <uint64_t>popcount(had))
+        store_droppable(snap.store, -<int64_t>popcount(had))
     return had

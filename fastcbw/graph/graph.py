@@ -307,7 +307,7 @@ class Graph:
     def check_undisturbed(self, node: Node) -> None:
         """Error when somebody writes below NODE past it: a snapshot of what it shows would not be of one moment."""
         above = node.bottom
-        while above.kind.children and (edge := next((edge for edge in above.children.values() if edge.role == "filtered"), None)):
+        while above.kind.children and (edge := above.filtered):
             for other in edge.child.parents:
                 if other is not edge and other.needs.taken & Permission.WRITE:
                     raise Error(f"{other.label} writes node '{edge.child.name}' as '{other.name}', below node '{node.name}' and past it: a snapshot "

@@ -86,10 +86,15 @@ class Node:
         return node
 
     @property
+    def filtered(self) -> Edge | None:
+        """The edge to the node whose bytes this one shows when it is a filter, else None."""
+        return next((edge for edge in self.children.values() if edge.role == "filtered"), None)
+
+    @property
     def shows(self) -> Node:
         """The node whose bytes this one shows, through all that stands on it, caches and throttles too."""
         node = self
-        while (edge := next((edge for edge in node.children.values() if edge.role == "filtered"), None)) is not None:
+        while (edge := node.filtered) is not None:
             node = edge.child
         return node
 

@@ -141,6 +141,14 @@ class Recorder(Device):
             self.on_write(offset)
 
 
+def run_by_three(copier):
+    threads = [threading.Thread(target=copier.run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("chunk", [K, 3 * K, 16 * K])
 @pytest.mark.parametrize("cluster", ["4K", "64K"])
@@ -164,11 +172,7 @@ def test_every_byte_is_copied_once_while_the_guest_writes(policy, chunk, cluster
         guest(0)
     recorder = Recorder(length, guest)
     copier = Copier(view, PythonDevice(recorder), chunk=chunk, order=policy)
-    threads = [threading.Thread(target=copier.run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    run_by_three(copier)
     assert copier.error is None and copier.done == length
     assert bytes(recorder.data) == before
     assert (recorder.count == 1).all()
@@ -360,11 +364,7 @@ def test_what_a_bitmap_marks_is_copied_once_and_nothing_else_while_the_guest_wri
     copier = Copier(view, PythonDevice(recorder), chunk=chunk, order=policy)
     outside = length - sum(min(K, length - cluster * K) for cluster in inside)
     assert copier.done == (outside if policy != "sequential" else 0)
-    threads = [threading.Thread(target=copier.run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_by_three(copier)
     assert copier.error is None and copier.done == length
     for cluster in range(701):
         at = slice(cluster * K, min((cluster + 1) * K, length))
