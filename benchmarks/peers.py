@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
 
+from fastcbw.compare.process import Process, find, nbd_answers, socket_uri
 from fastcbw.qmp.client import QmpClient
-
-
-class Missing(Exception):
-    """A peer is not installed; the message names the package."""
 
 
 class Peer:
@@ -40,16 +35,13 @@ class Peer:
         self.cpu = cpu
         self.socket = os.path.join(folder, f"{self.name}.sock")
         self.export = "disk"
-        self.process: subprocess.Popen | None = None
+        self.process: Process | None = None
         self.settings: dict = {}
 
     @classmethod
     def find(cls) -> str:
         """Return the program's path; Missing when it is not installed."""
-        path = shutil.which(cls.program)
-        if path is None:
-            raise Missing(f"{cls.name}: {cls.program} is not installed (apt install {cls.package})")
-        return path
+        return find(cls.program, cls.package)
 
     @classmethod
     def version(cls) -> str:
@@ -59,41 +51,21 @@ class Peer:
         raise NotImplementedError
 
     def uri(self, export: str | None = None) -> str:
-        return f"nbd+unix:///{self.export if export is None else export}?socket={self.socket}"
+        return socket_uri(self.socket, self.export if export is None else export)
 
     def start(self) -> None:
         if os.path.exists(self.socket):
             os.unlink(self.socket)
-        pin = [] if self.cpu is None else ["taskset", "-c", str(self.cpu)]
-        self.log = open(os.path.join(self.folder, f"{self.name}.log"), "w+b")
-        self.process = subprocess.Popen(pin + self.command(), stdout=self.log, stderr=self.log)
-        if self.elsewhere:
-            os.sched_setscheduler(self.process.pid, os.SCHED_IDLE, os.sched_param(0))       # its threads inherit it
-        deadline = time.monotonic() + 20
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.log.seek(0)
-                text = self.log.read().decode(errors="replace")
-                self.stop()
-                raise RuntimeError(f"{self.name}: did not start: {text}")
-            time.sleep(0.02)
+        self.process = Process(self.name, self.command(), self.folder, self.cpu, elsewhere=self.elsewhere)
+        self.process.start(lambda: nbd_answers(self.socket))
         self.prepare()
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(self.socket)
-                return probe.recv(8) == b"NBDMAGIC"
-            except OSError:
-                return False
 
     def prepare(self) -> None:
         """What remains to be done once it answers."""
 
     def resident_bytes(self) -> int:
         """Resident memory of the server now."""
-        with open(f"/proc/{self.pid()}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return self.process.usage().resident_bytes
 
     def pid(self) -> int:
         return self.process.pid
@@ -105,20 +77,14 @@ class Peer:
             try:
                 return QmpClient(self.socket + ".qmp", timeout=120)
             except OSError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
+                if time.monotonic() > deadline or not self.process.running():
                     raise
                 time.sleep(0.01)
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.terminate()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.stop()
             self.process = None
-            self.log.close()
 
     def __enter__(self) -> Peer:
         self.start()
@@ -225,13 +191,6 @@ class Nbdkit(Peer):
         return [self.find(), "-f", "-U", self.socket, *self.filters, "file", self.image, *self.options]
 
 
-def program(name: str, package: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise Missing(f"{name} is not installed (apt install {package})")
-    return path
-
-
 class Fio:
     """fio's nbd engine against URI, begun now; without URI its io_uring engine, on a file that EXTRA names.
 
@@ -244,7 +203,7 @@ class Fio:
                  rate: int | None = None, extra: list[str] = ()):
         words = [] if cpu is None else ["taskset", "-c", str(cpu)]
         engine = ["--ioengine=io_uring"] if uri is None else ["--ioengine=nbd", f"--uri={uri}"]
-        words += [program("fio", "fio"), "--name=load", *engine, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
+        words += [find("fio", "fio"), "--name=load", *engine, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}",
                   "--randseed=20240229", "--output-format=json", *extra]
         if seconds is not None:
             words += ["--time_based", f"--runtime={seconds}"]
@@ -274,7 +233,7 @@ def fio(uri: str | None, **words) -> dict:
 def nbdcopy(uri: str, *, cpu: int | None, connections: int, to: str = "null:") -> float:
     """Copy all of URI; return seconds."""
     words = [] if cpu is None else ["taskset", "-c", str(cpu)]
-    words += [program("nbdcopy", "libnbd-bin"), f"--connections={connections}", uri, to]
+    words += [find("nbdcopy", "libnbd-bin"), f"--connections={connections}", uri, to]
     began = time.perf_counter()
     run = subprocess.run(words, capture_output=True, text=True)
     if run.returncode != 0:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import sys
@@ -21,20 +20,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-from peers import Missing, Nbdkit, Ours, Qemu  # noqa: E402
+from peers import Nbdkit, Ours, Qemu  # noqa: E402
 from rows import Bench, Row, guest, middle, pull, push, snapshots  # noqa: E402
+
+from fastcbw.compare.memory import touch_memory  # noqa: E402
+from fastcbw.compare.process import Missing  # noqa: E402
 
 SIZES = {"full": {"image": 2 << 30, "seconds": 4, "touches": 30000}, "smoke": {"image": 32 << 20, "seconds": 0.2, "touches": 200}}
 GROUPS = (guest, pull, push, snapshots)
-
-
-def touch_memory(length: int) -> None:
-    """Touch LENGTH bytes of memory and give them back.
-
-    A virtual machine gets its memory from the host when it touches a page for the first time, and gives back what has been free
-    for some seconds; a page that comes from the host takes several times as long. Without this whoever runs first pays for the others.
-    """
-    mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
 
 
 def measure(row: Row, rounds: int, full: bool) -> dict:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from fastcbw.compare import measures
 from fastcbw.compare.loads import LOADS
 from fastcbw.compare.loads.base import Load
+from fastcbw.compare.memory import touch_memory
 from fastcbw.compare.plan import Cell, Plan, reason_not_to_run
 from fastcbw.compare.process import Process, Usage
 from fastcbw.compare.schemes import SCHEMES
@@ -32,7 +33,7 @@ from fastcbw.compare.targets.base import Target
 from fastcbw.compare.watchdog import Watchdog
 from fastcbw.errors import Error
 
-SAMPLE_S = 0.25
+SAMPLE_S, FIRST_SAMPLE_S = 0.25, 0.1
 PIECE = 8 << 20
 SERVER_CPU, LOAD_CPU = 0, 1
 #: The load has ended its requests when the server has done nothing for this long.
@@ -94,6 +95,7 @@ class _Run:
         return [f"{process.name} said: {process.words_said(2000)}" for process in self.processes() if os.path.exists(process.log_path)]
 
     def run(self) -> dict[str, Any]:
+        touch_memory(4 * self.plan.length)      # the disk, the same at the instant, the target, old data
         fill(self.image, self.plan.length)
         self.stack.callback(self.target.stop)
         self.target.start()
@@ -144,9 +146,12 @@ class _Run:
         """Let the load run; Error when it has ended."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            if not self.load.process.running():
-                raise Error(f"load: ended early: {self.load.process.words_said()}")
+            self._check_load()
             time.sleep(min(left, 0.05))
+
+    def _check_load(self) -> None:
+        if not self.load.process.running():
+            raise Error(f"load: ended early: {self.load.process.words_said()}")
 
     def _moved(self) -> tuple[int, int]:
         used = self.scheme.usage()
@@ -173,25 +178,32 @@ class _Run:
 
     def _watch(self, instant: int) -> tuple[Progress, float, int]:
         """Sample until the backup has ended, and at least and at most as long as planned; return its progress, when it ended, and when `during` does."""
-        progress, ended, sampled = Progress(), 0.0, -1.0
+        progress, ended, due = Progress(), 0.0, 0.0
         while True:
             now_s = (time.monotonic_ns() - instant) / 1e9
-            if not progress.ended:
+            if not progress.ended or not self.scheme.backs_up:
                 progress = self.scheme.progress()
                 ended = (time.monotonic_ns() - instant) / 1e9
-                if progress.ended or ended - sampled >= min(SAMPLE_S, 0.02 + ended / 10):
-                    sampled = ended
+                if progress.ended or ended >= due:
                     self._sample(ended, progress)
-            if now_s >= (self.plan.during_s_min if progress.ended else self.plan.during_s_max):
+                    due = min(ended + SAMPLE_S, max(2 * ended, FIRST_SAMPLE_S))     # what the questions cost is the server's time
+            end = self.plan.during_s_min if progress.ended else self.plan.during_s_max
+            if now_s >= end:
                 break
-            self._sleep(min(SAMPLE_S, 0.01 + now_s / 20))      # what the questions cost is the server's time
+            now_s = (time.monotonic_ns() - instant) / 1e9
+            if progress.ended and self.scheme.backs_up:
+                self._sleep(end - now_s)
+            else:
+                self._check_load()
+                self.scheme.wait_for_change(max(0.0, min(due, end) - now_s))
         last = ended if progress.ended and self.scheme.backs_up else now_s
         return progress, ended, instant + max(int(last * 1e9), 1)
 
     def _sample(self, t_s: float, progress: Progress) -> None:
         tiers = self.scheme.tiers()
-        self.samples.append({"t_s": round(t_s, 3), "ram": tiers.ram, "disk": tiers.disk, "preserved": tiers.preserved,
-                             "done": progress.done, "resident": self.scheme.usage().resident_bytes})
+        if self.scheme.backs_up:
+            self.samples.append({"t_s": round(t_s, 3), "ram": tiers.ram, "disk": tiers.disk, "preserved": tiers.preserved,
+                                 "done": progress.done, "resident": self.scheme.usage().resident_bytes})
 
     def _wait_for_end(self, instant: int) -> tuple[Progress, float]:
         """Wait for a backup that takes longer than the load was to run."""

@@ -117,6 +117,14 @@ class Process:
         except subprocess.TimeoutExpired:
             raise Error(f"{self.name}: did not end within {seconds:g} seconds") from None
 
+    def ends_within(self, seconds: float) -> bool:
+        """Tell whether it has ended, or does within SECONDS."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def usage(self) -> Usage:
         """Return what it has used until now; Error when it has ended by itself."""
         try:

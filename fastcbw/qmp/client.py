@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import select
 import socket
 import threading
 
@@ -66,6 +67,22 @@ class QmpClient:
         if "error" in reply:
             raise Error(reply["error"]["desc"])
         return reply["return"]
+
+    def has_event(self, seconds: float = 0.0) -> bool:
+        """Tell whether there is an event that nobody has taken yet; wait up to SECONDS for one to come."""
+        with self._lock:
+            if not self.events and (self._has_read_ahead() or select.select([self._socket], [], [], seconds)[0]):
+                self.events.append(self._receive())         # between a reply and the next request there is nothing else
+            return bool(self.events)
+
+    def _has_read_ahead(self) -> bool:
+        """Whether bytes were received that nobody has looked at; with the lock held."""
+        limit = self._socket.gettimeout()
+        self._socket.settimeout(0)
+        try:
+            return bool(self._stream.peek(1))
+        finally:
+            self._socket.settimeout(limit)
 
     def next_event(self) -> dict:
         """Return the oldest event that nobody has taken yet; wait for one if there is none."""

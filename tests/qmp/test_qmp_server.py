@@ -206,6 +206,22 @@ def test_the_client_of_ours_raises_the_daemons_words_and_keeps_events(server, pa
         assert [event["event"] for event in client.events] == ["THING"]
 
 
+def test_a_client_is_told_of_events_that_came_together_and_of_none(server, path):
+    with QmpClient(path) as client:
+        assert not client.has_event() and not client.has_event(0.01)
+        server.emit("ONE", {})
+        server.emit("TWO", {})
+        assert client.execute("echo", value="both are there before this") == "both are there before this"
+        assert [client.has_event() and client.next_event()["event"] for _ in range(3)] == ["ONE", "TWO", False]
+        server._loop.call_soon_threadsafe(lambda: [server._broadcast(b'{"event": "%d"}\n' % number) for number in range(3)])
+        assert [client.has_event(30) and client.next_event()["event"] for _ in range(3)] == ["0", "1", "2"]
+        assert not client.has_event()
+        assert client.execute("echo", value="x") == "x"
+        server.close()
+        with pytest.raises(OSError, match="closed the connection"):
+            client.has_event(30)
+
+
 def test_the_client_of_ours_names_the_socket_where_nobody_listens(tmp_path):
     with pytest.raises(OSError, match="no daemon answers"):
         QmpClient(tmp_path / "nothing")

@@ -94,6 +94,10 @@ class Scheme:
     def tiers(self) -> Tiers:
         return Tiers()
 
+    def wait_for_change(self, seconds: float) -> None:
+        """Return when progress() has something new to say, as the end, or after SECONDS. Costs the server nothing."""
+        time.sleep(seconds)
+
     def usage(self) -> Usage:
         """What its processes have used, and those that have ended when it says so."""
         used = [process.usage() for process in self.processes]
@@ -144,6 +148,16 @@ class Daemon(Scheme):
                 error = job.get("error") or (f"the job was {job['outcome']}" if job.get("outcome", "completed") != "completed" else None)
                 return Progress(job["current-progress"], job["total-progress"], ended, error if ended else None)
         raise Error(f"{self.name}: the job is gone")
+
+    def wait_for_change(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        if self.clients:
+            self.clients[-1].ends_within(seconds)
+        else:
+            while (left := end - time.monotonic()) > 0 and self.qmp.has_event(left):
+                event = self.qmp.next_event()
+                if event["event"] == "JOB_STATUS_CHANGE" and event["data"]["status"] in ("ready", "concluded"):
+                    return
 
     def stop(self) -> None:
         if self.qmp is not None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -41,12 +43,22 @@ class Backup:
         self.disk = self.make_disk(open_image(image, format="raw", io="threads"))
         self.workers, self.chunk = int(workers), int(chunk)
         self.job: Job | None = None
+        self.tell_end: Callable[[], None] = lambda: None
 
     def make_disk(self, image: BlockDevice) -> WriteNotifier:
         return WriteNotifier(image, self.target, cluster_size=CLUSTER)
 
     def begin(self) -> None:
-        self.job = WriteNotifierJob(self.disk, workers=self.workers, chunk=self.chunk).start()
+        self._start(WriteNotifierJob(self.disk, workers=self.workers, chunk=self.chunk))
+
+    def _start(self, job: Job) -> None:
+        self.job = job.start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with suppress(Error, OSError):
+            self.job.wait()
+        self.tell_end()
 
     def query_jobs(self) -> list[dict[str, Any]]:
         progress = self.job.progress
@@ -75,7 +87,7 @@ class Pair(Backup):
 
     def begin(self) -> None:
         self.disk.begin()
-        self.job = BackupJob(NotifiedView(self.disk), self.target).start()
+        self._start(BackupJob(NotifiedView(self.disk), self.target))
 
     def close(self) -> None:
         super().close()
@@ -91,6 +103,7 @@ def main(arguments: list[str]) -> None:
     image, where, socket, *rest = arguments
     backup = (Pair if len(rest) == 3 else Backup)(image, where, *rest)
     qmp = QmpServer(listen_unix(f"{socket}.qmp"), COMMANDS, backup)
+    backup.tell_end = lambda: qmp.emit("JOB_STATUS_CHANGE", {"id": "backup", "status": "concluded"})
     try:
         with Server() as server:
             server.add_export("disk", backup.disk)
