@@ -4,6 +4,7 @@ Environment:
     FASTCBW_DEBUG=1            -Og, C assertions on (the invariants of the engine are asserted)
     FASTCBW_SANITIZE=thread    (or address,undefined) builds with that sanitizer; run the interpreter's real binary with
                                the runtime preloaded, see docs/hacking.md
+    CYTHON_CACHE_DIR=...       keep there what Cython makes of each source, and take it from there
 """
 
 import os
@@ -134,7 +135,7 @@ def extensions():
         )
         for name in EXTENSIONS
     ]
-    return cythonize(table, compiler_directives=DIRECTIVES, nthreads=os.cpu_count())
+    return cythonize(table, compiler_directives=DIRECTIVES, nthreads=os.cpu_count(), cache="CYTHON_CACHE_DIR" in os.environ)
 
 
 setup(
