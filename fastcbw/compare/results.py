@@ -141,6 +141,12 @@ def during_p99(record: dict[str, Any]) -> float | None:
     return record["guest"]["during"]["p99_us"]
 
 
+def guest_p99(record: dict[str, Any]) -> float | None:
+    """Return p99 with the requests that were due while one was under way, of a load of one after the other; else p99."""
+    during = record["guest"]["during"]
+    return during["p99_us"] if during["p99_paced_us"] is None else during["p99_paced_us"]
+
+
 def ratios(group: Group, base: Group, of: Callable[[dict[str, Any]], float | None]) -> list[float]:
     """Return GROUP's figures by BASE's of the same repetition, sorted."""
     by_repetition = {record["repetition"]: of(record) for record in base.measured}

@@ -9,7 +9,7 @@ from typing import Any
 from fastcbw.compare.loads import LOADS
 from fastcbw.compare.measures import SHARES
 from fastcbw.compare.output import svg, table
-from fastcbw.compare.results import Group, during_p99, groups
+from fastcbw.compare.results import Group, during_p99, groups, guest_p99
 from fastcbw.compare.schemes import SCHEMES
 from fastcbw.compare.targets import TARGETS
 from fastcbw.units import format_size
@@ -25,8 +25,8 @@ svg { max-width: 100%; height: auto } .legend svg, p svg { vertical-align: middl
 _HOW = """Each scheme got the same disk, the same guest and the same kind of target. At the instant (time 0, dashed) the guest was stopped, its disk
 copied aside, the backup begun, and the guest went on. “verified” says that the backup is, byte for byte, what the disk was then. Latencies are of the
 guest's requests while the backup ran. “p99 paced” counts the requests that were due while one was under way, too: a guest that waits asks
-nothing, so that a plain p99 hides a stall. “by none” is p99 by that of no backup in the same repetition. Plots show, of each scheme, the
-repetition with the median p99."""
+nothing, so that a plain p99 hides a stall. “by none” is p99 paced, or p99 where a load is not one request after the other, by that of no backup in
+the same repetition. The first table has the same figure. Plots show, of each scheme, the repetition with the median p99."""
 
 
 def page(document: dict[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _overview(places: dict[tuple[str, str], list[Group]]) -> str:
     rows = []
     for scheme in schemes:
         by_place = [next((group for group in found if group.scheme == scheme), None) for found in places.values()]
-        cells = "".join(f"<td>{escape(table.microseconds(group.median(during_p99)) if group else '')}</td>" for group in by_place)
+        cells = "".join(f"<td>{escape(table.microseconds(group.median(guest_p99)) if group else '')}</td>" for group in by_place)
         rows.append(f"<tr><td>{escape(scheme)}</td>{cells}</tr>")
     return f"<table><tr><th>scheme</th>{heads}</tr>{''.join(rows)}</table>"
 

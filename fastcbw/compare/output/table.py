@@ -6,12 +6,13 @@ import statistics
 from typing import Any
 
 from fastcbw.compare.loads import LOADS
-from fastcbw.compare.results import Group, during_p99, groups, ratios
+from fastcbw.compare.results import Group, during_p99, groups, guest_p99, ratios
 from fastcbw.compare.schemes import SCHEMES
 from fastcbw.compare.targets import TARGETS
 from fastcbw.units import format_size
 
-HEADS = ("scheme", "IOPS", "p50", "p99", "spread", "by none", "p99.9", "p99 paced", "longest", "stalled", "backup", "verdict", "moved", "RAM", "disk", "CPU")
+HEADS = ("scheme", "IOPS", "p50", "p99", "spread", "p99.9", "p99 paced", "by none", "longest", "stalled", "backup", "verdict", "moved", "RAM", "disk",
+         "CPU")
 
 
 def tables(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -37,11 +38,11 @@ def row(group: Group, beside: list[Group]) -> tuple[str, ...]:
            for name in ("amplification", "ram_tier_bytes_max", "disk_tier_bytes_max", "cpu_s")}
     spread = group.values(during_p99)
     base = next((other for other in beside if other.scheme == "none"), None)
-    by_none = ratios(group, base, during_p99) if base is not None else []
+    by_none = ratios(group, base, guest_p99) if base is not None else []
     seconds = group.median(lambda record: record["backup"] and record["backup"]["seconds"])
     return (group.scheme, number(guest["iops"]), microseconds(guest["p50_us"]), microseconds(guest["p99_us"]),
             f"{microseconds(spread[0])}..{microseconds(spread[-1])}" if len(spread) > 1 else "",
-            f"{statistics.median(by_none):.2f}" if by_none else "", microseconds(guest["p999_us"]), microseconds(guest["p99_paced_us"]),
+            microseconds(guest["p999_us"]), microseconds(guest["p99_paced_us"]), f"{statistics.median(by_none):.2f}" if by_none else "",
             microseconds(guest["max_us"]),
             f"{guest['stalled_s']:.1f} s" if guest["stalled_s"] else "", f"{seconds:.2f} s" if seconds is not None else "", group.verdict(),
             f"x{use['amplification']:.2f}" if use["amplification"] else "", size(use["ram_tier_bytes_max"]), size(use["disk_tier_bytes_max"]),
