@@ -230,9 +230,10 @@ def fio(uri: str | None, **words) -> dict:
     return Fio(uri, **words).finish()
 
 
-def nbdcopy(uri: str, *, cpu: int | None, connections: int, to: str = "null:") -> float:
-    """Copy all of URI; return seconds."""
+def nbdcopy(uri: str, *, cpu: int | None, connections: int, to: str = "null:", elsewhere: bool = False) -> float:
+    """Copy all of URI; return seconds. elsewhere: as in Peer."""
     words = [] if cpu is None else ["taskset", "-c", str(cpu)]
+    words += ["chrt", "--idle", "0"] if elsewhere else []
     words += [find("nbdcopy", "libnbd-bin"), f"--connections={connections}", uri, to]
     began = time.perf_counter()
     run = subprocess.run(words, capture_output=True, text=True)

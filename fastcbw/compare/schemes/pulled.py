@@ -9,7 +9,7 @@ from fastcbw.compare.schemes.base import Progress, Scheme
 def pull(scheme: Scheme, uri: str) -> Process:
     """Begin to copy URI to the scheme's target, on the target's core."""
     client = Process("nbdcopy", [find("nbdcopy", "libnbd-bin"), "--connections=4", uri, scheme.target.where], scheme.setting.folder,
-                     scheme.target.cpu)
+                     scheme.target.cpu, elsewhere=True)
     client.start()
     scheme.clients.append(client)
     return client
