@@ -38,5 +38,6 @@ cdef class Behind:
     cdef int64_t offsets[BEHIND_RANGES]
     cdef int64_t lengths[BEHIND_RANGES]
 
+    cdef int send(self, int which) noexcept nogil
     cdef int retire(self) noexcept nogil
     cdef int wrote(self, int64_t offset, int64_t length) noexcept nogil

@@ -14,8 +14,9 @@ data is published before a guest write starts, so a write that may have been see
 Nothing looks at the content, so only holes of the disk stay holes in the target.
 
 Writing back. A target on a device fills the page cache with dirty data at the speed of memory; the guest's own writes and flushes
-then wait behind all of it. So each range is sent to the device at once, no more than a few MiB are under way there, and
-what has arrived is dropped from the cache, which the backup will not need again.
+then wait behind all of it. So what makes a range of RANGE_PART of the limit, or is not continued, is sent to the device, no more than a few MiB
+are under way there, and what has arrived is dropped from the cache, which the backup will not need again. Ranges of 1 MiB, not pieces:
+each is one request to the device, and a request costs as much time as 100 KiB of copying.
 """
 
 from libc.errno cimport EINVAL, ENOSYS, ESPIPE
@@ -30,6 +31,8 @@ from fastcbw.cbw.locmap cimport WORD_NONE
 from fastcbw.cbw.reader cimport SnapshotDevice
 from fastcbw.cbw.state cimport Ticket, enter, leave, lookup
 from fastcbw.kernels.atomic cimport add_relaxed, fence_acquire, load_seq, store_seq
+
+cdef int RANGE_PART = 4          # of the limit: a range that is this part of it is sent
 
 cdef extern from "pushio.h" nogil:
     int fcbw_copy_range(int source, int target, int64_t offset, int64_t length, int64_t *done) noexcept
@@ -131,21 +134,23 @@ cdef class Behind:
         raise TypeError("a Behind is made by behind_for()")
 
     cdef int wrote(self, int64_t offset, int64_t length) noexcept nogil:
-        """The range has been written: send it to the device, and wait for the oldest where that is too much. 0 or -errno."""
+        """The range has been written: send it to the device when it is worth a request, and wait for the oldest where that is too much.
+
+        0 or -errno.
+        """
+        cdef int64_t enough = self.limit // RANGE_PART
         cdef int last, code
         if self.limit == 0:
             return 0
         last = (self.first + self.count - 1) % BEHIND_RANGES
-        code = fcbw_write_back(self.target.fd, offset, length)
-        if code == -ENOSYS or code == -EINVAL or code == -ESPIPE:
-            self.limit = 0          # not this file system: its own flusher does it, later
-            return 0
-        if code:
-            return code
         self.pending += length
-        if self.count and self.offsets[last] + self.lengths[last] == offset and self.lengths[last] < self.limit // 4:
-            self.lengths[last] += length
-            return 0
+        if self.count and self.lengths[last] < enough:
+            if self.offsets[last] + self.lengths[last] == offset:
+                self.lengths[last] += length
+                return self.send(last) if self.lengths[last] >= enough else 0
+            code = self.send(last)
+            if code or self.limit == 0:
+                return code
         while self.count == BEHIND_RANGES or (self.count and self.pending > self.limit):
             code = self.retire()
             if code:
@@ -154,7 +159,14 @@ cdef class Behind:
         self.offsets[last] = offset
         self.lengths[last] = length
         self.count += 1
-        return 0
+        return self.send(last) if length >= enough else 0
+
+    cdef int send(self, int which) noexcept nogil:
+        cdef int code = fcbw_write_back(self.target.fd, self.offsets[which], self.lengths[which])
+        if code == -ENOSYS or code == -EINVAL or code == -ESPIPE:
+            self.limit = 0          # not this file system: its own flusher does it, later
+            return 0
+        return code
 
     cdef int retire(self) noexcept nogil:
         """Wait for the oldest range."""
