@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from fastcbw.compare.process import Process, find
+from fastcbw.compare.stopping import stop_between_requests
 
 SEED = 20240229
 
@@ -41,7 +42,7 @@ class Load:
         raise NotImplementedError
 
     def pause(self) -> None:
-        self.process.send_all(signal.SIGSTOP)
+        stop_between_requests(self.process)
 
     def go_on(self) -> None:
         self.process.send_all(signal.SIGCONT)
