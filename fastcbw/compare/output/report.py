@@ -20,7 +20,7 @@ table { border-collapse: collapse; font-size: 12px; margin: .5em 0 } th, td { pa
 th { border-bottom: 1px solid #888 } th:first-child, td:first-child { text-align: left } tr:nth-child(even) td { background: #f4f4f4 }
 td.why { text-align: left; color: #777 } td.wrong { background: #fbb !important }
 h2 { margin-top: 2em; border-top: 1px solid #ccc; padding-top: .6em } h3 { margin-bottom: .2em } .legend span { margin-right: 1.2em; white-space: nowrap }
-svg { max-width: 100%; height: auto } .legend svg, p svg { vertical-align: middle } .note { color: #555 } details { margin: .4em 0 }
+.wide { overflow-x: auto } svg { max-width: 100%; height: auto } .legend svg, p svg { vertical-align: middle } .note { color: #555 } details { margin: .4em 0 }
 """
 _HOW = """Each scheme got the same disk, the same guest and the same kind of target. At the instant (time 0, dashed) the guest was stopped, its disk
 copied aside, the backup begun, and the guest went on. “verified” says that the backup is, byte for byte, what the disk was then. Latencies are of the
@@ -87,7 +87,7 @@ def _overview(places: dict[tuple[str, str], list[Group]]) -> str:
         by_place = [next((group for group in found if group.scheme == scheme), None) for found in places.values()]
         cells = "".join(f"<td>{escape(table.microseconds(group.median(guest_p99)) if group else '')}</td>" for group in by_place)
         rows.append(f"<tr><td>{escape(scheme)}</td>{cells}</tr>")
-    return f"<table><tr><th>scheme</th>{heads}</tr>{''.join(rows)}</table>"
+    return f"<div class=wide><table><tr><th>scheme</th>{heads}</tr>{''.join(rows)}</table></div>"
 
 
 def _place(found: list[Group], numbers: dict[str, int]) -> str:
