@@ -54,24 +54,28 @@ def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
     reason = reason_not_to_run(cell, plan.trace)
     if reason is not None:
         return record | {"status": "not installed", "why": reason}
-    for attempt in range(1, ATTEMPTS + 1):
-        record["attempts"] = attempt
-        with ExitStack() as stack:
-            own = tempfile.mkdtemp(prefix="cell-", dir=folder)
-            stack.callback(shutil.rmtree, own, ignore_errors=True)
-            run = _Run(cell, plan, own, stack)
-            watchdog = stack.enter_context(Watchdog(plan.cell_s_max, run.processes))
-            try:
-                return record | {"status": "measured"} | run.run()
-            except Exception as error:      # whatever it is: the other cells go on
-                if isinstance(error, Caught) and attempt < ATTEMPTS:
-                    continue
-                why = " ".join(str(error).split()) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
-                where = traceback.format_exception(error) + run.logs()
-                if (found := watchdog.where()) is not None:
-                    why, where = f"given up after {watchdog.seconds:.0f} s: {found[0]}; {why}", found + where
-                return record | {"status": "failed", "why": why, "where": where}
-    raise AssertionError("unreachable")
+    attempts, caught = 0, True
+    while caught and attempts < ATTEMPTS:
+        attempts += 1
+        found, caught = _attempt(cell, plan, folder)
+    return record | {"attempts": attempts} | found
+
+
+def _attempt(cell: Cell, plan: Plan, folder: str) -> tuple[dict[str, Any], bool]:
+    """Return what is found, and whether the guest was caught, so that it is worth another attempt."""
+    with ExitStack() as stack:
+        own = tempfile.mkdtemp(prefix="cell-", dir=folder)
+        stack.callback(shutil.rmtree, own, ignore_errors=True)
+        run = _Run(cell, plan, own, stack)
+        watchdog = stack.enter_context(Watchdog(plan.cell_s_max, run.processes))
+        try:
+            return {"status": "measured"} | run.run(), False
+        except Exception as error:      # whatever it is: the other cells go on
+            why = " ".join(str(error).split()) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
+            where = traceback.format_exception(error) + run.logs()
+            if (found := watchdog.where()) is not None:
+                why, where = f"given up after {watchdog.seconds:.0f} s: {found[0]}; {why}", found + where
+            return {"status": "failed", "why": why, "where": where}, isinstance(error, Caught)
 
 
 class _Run:

@@ -141,12 +141,12 @@ class Recorder(Device):
             self.on_write(offset)
 
 
-def run_by_three(copier):
+def run_by_three(copier, seconds):
     threads = [threading.Thread(target=copier.run) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(seconds)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -172,7 +172,7 @@ def test_every_byte_is_copied_once_while_the_guest_writes(policy, chunk, cluster
         guest(0)
     recorder = Recorder(length, guest)
     copier = Copier(view, PythonDevice(recorder), chunk=chunk, order=policy)
-    run_by_three(copier)
+    run_by_three(copier, 60)
     assert copier.error is None and copier.done == length
     assert bytes(recorder.data) == before
     assert (recorder.count == 1).all()
@@ -364,7 +364,7 @@ def test_what_a_bitmap_marks_is_copied_once_and_nothing_else_while_the_guest_wri
     copier = Copier(view, PythonDevice(recorder), chunk=chunk, order=policy)
     outside = length - sum(min(K, length - cluster * K) for cluster in inside)
     assert copier.done == (outside if policy != "sequential" else 0)
-    run_by_three(copier)
+    run_by_three(copier, 30)
     assert copier.error is None and copier.done == length
     for cluster in range(701):
         at = slice(cluster * K, min((cluster + 1) * K, length))
