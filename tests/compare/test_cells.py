@@ -4,6 +4,8 @@ import pytest
 
 from fastcbw.compare import cell
 from fastcbw.compare.schemes import SCHEMES
+from fastcbw.compare.schemes.base import Progress
+from fastcbw.compare.schemes.overlay import Commit
 from fastcbw.compare.targets import TARGETS
 
 
@@ -55,6 +57,25 @@ def test_fleecing_by_qemu_is_measured_and_compared(plan, tmp_path):
     assert record["status"] == "measured", record["why"]
     assert record["backup"]["verified"] in (True, False) and record["backup"]["done_bytes"] == 4 << 20
     assert record["use"]["disk_tier_bytes_max"] > 0
+
+
+def test_a_commit_is_completed_once_however_long_it_says_that_it_is_ready():
+    class Daemon:
+        name, JOB = "a scheme", "backup"
+        asked, states = [], ["running", "ready", "ready", "ready", "concluded"]
+
+        @property
+        def qmp(self):
+            return self
+
+        def execute(self, command, **arguments):
+            self.asked.append(command)
+            return [{"id": "commit", "status": self.states.pop(0)}] if command == "query-jobs" else {}
+
+    daemon = Daemon()
+    commit = Commit(daemon)
+    ended = [commit.progress(lambda: Progress(7, 7, True, None)).ended for _ in range(5)]
+    assert ended == [False] * 4 + [True] and daemon.asked.count("job-complete") == 1
 
 
 def test_without_a_backup_the_load_runs_as_long_as_asked(plan, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from fastcbw.compare.process import Process, nbd_answers, python_module, socket_uri
 from fastcbw.compare.schemes.pulled import progress_of, pull
 from fastcbw.compare.schemes.base import Daemon, Progress, Tiers, allocated_bytes
-from fastcbw.compare.schemes.overlay import committed, create_qcow2
+from fastcbw.compare.schemes.overlay import Commit, create_qcow2
 from fastcbw.compare.targets.server import EXPORT
 from fastcbw.units import format_size
 
@@ -170,10 +170,10 @@ class Overlay(Nodes):
         self.add_target()
         execute("blockdev-backup", job_id=self.JOB, device="disk", target="target", sync="full", auto_dismiss=False)
         self.settings = {"cache": "writeback", "durability": "none", "cluster": "64K", "workers": "adaptive"}
-        self.copied: Progress | None = None
+        self.commit = Commit(self)
 
     def progress(self) -> Progress:
-        return committed(self, super().progress)
+        return self.commit.progress(super().progress)
 
     def tiers(self) -> Tiers:
         stored = allocated_bytes(self.setting.path("overlay.qcow2"))

@@ -19,18 +19,28 @@ def create_qcow2(path: str, length: int, backing: str | None = None) -> None:
     subprocess.run([find("qemu-img", "qemu-utils"), "create", "-q", "-f", "qcow2", *below, path, str(length)], check=True, timeout=30)
 
 
-def committed(scheme: Daemon, copying: Callable[[], Progress], base: str = "disk", **options: Any) -> Progress:
-    """Return how far SCHEME is: COPYING tells of its backup; when that is complete, the node `overlay` is committed into BASE."""
-    if scheme.copied is None:
-        progress = copying()
-        if not progress.ended or progress.error is not None:
-            return progress
-        scheme.copied = progress
-        scheme.qmp.execute("job-dismiss", id=scheme.JOB)
-        scheme.qmp.execute("block-commit", job_id=COMMIT, device="overlay", base_node=base, auto_dismiss=False, **options)
-    for job in scheme.qmp.execute("query-jobs"):
-        if job["id"] == COMMIT:
-            if job["status"] == "ready":
-                scheme.qmp.execute("job-complete", id=COMMIT)
-            return Progress(scheme.copied.done, scheme.copied.total, job["status"] == "concluded", job.get("error"))
-    raise Error(f"{scheme.name}: the job is gone")
+class Commit:
+    """What ends a backup of SCHEME: the node `overlay` is committed into BASE when the disk below is copied. options: of block-commit."""
+
+    def __init__(self, scheme: Daemon, base: str = "disk", **options: Any):
+        self.scheme, self.base, self.options = scheme, base, options
+        self.copied: Progress | None = None
+        self.completing = False
+
+    def progress(self, copying: Callable[[], Progress]) -> Progress:
+        """Go on, and return how far it is; COPYING tells how far the copy is."""
+        execute = self.scheme.qmp.execute
+        if self.copied is None:
+            progress = copying()
+            if not progress.ended or progress.error is not None:
+                return progress
+            self.copied = progress
+            execute("job-dismiss", id=self.scheme.JOB)
+            execute("block-commit", job_id=COMMIT, device="overlay", base_node=self.base, auto_dismiss=False, **self.options)
+        for job in execute("query-jobs"):
+            if job["id"] == COMMIT:
+                if job["status"] == "ready" and not self.completing:    # once: it is ready for a while after it was asked to
+                    execute("job-complete", id=COMMIT)
+                    self.completing = True
+                return Progress(self.copied.done, self.copied.total, job["status"] == "concluded", job.get("error"))
+        raise Error(f"{self.scheme.name}: the job is gone")

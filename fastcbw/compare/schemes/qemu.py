@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from fastcbw.compare.process import find, socket_uri
 from fastcbw.compare.schemes.base import Daemon, Progress, Tiers, allocated_bytes
-from fastcbw.compare.schemes.overlay import committed, create_qcow2
+from fastcbw.compare.schemes.overlay import Commit, create_qcow2
 from fastcbw.compare.schemes.pulled import progress_of, pull
 
 PACKAGE = "qemu-system-common"
@@ -147,10 +147,10 @@ class Overlay(Qemu):
         self.qmp.execute("blockdev-add", driver="qcow2", node_name="overlay", backing=None, file={"driver": "file", "filename": overlay})
         self.qmp.execute("blockdev-snapshot", node="disk", overlay="overlay")
         self.copy("disk")
-        self.copied: Progress | None = None
+        self.commit = Commit(self, auto_finalize=True)
 
     def progress(self) -> Progress:
-        return committed(self, super().progress, auto_finalize=True)
+        return self.commit.progress(super().progress)
 
     def tiers(self) -> Tiers:
         stored = allocated_bytes(self.setting.path("overlay.qcow2"))
