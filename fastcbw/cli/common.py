@@ -55,6 +55,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def percent(text: str) -> float:
+    """Argument type: a number from 0 to 100."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:       # false for a NaN, too
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 100")
+    return value
+
+
 _TYPES = {"size": (size, "SIZE"), "int": (positive, "N"), "str": (str, "VALUE")}
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO
 
-from fastcbw.cli.common import UsageError, add_json, positive, print_json, size, terminate_as_interrupt
+from fastcbw.cli.common import UsageError, add_json, percent, positive, print_json, size, terminate_as_interrupt
 from fastcbw.units import format_size
 
 SIZE_MIN = 1 << 20
@@ -18,7 +18,8 @@ SIZE_MIN = 1 << 20
 FOLDER = "fastcbw-compare"
 SHM = "/dev/shm"
 #: Options that say what is measured, and how.
-MEASURING = ("quick", "full", "cross", "schemes", "loads", "targets", "repetitions", "size", "ram", "seconds", "trace", "unpinned", "folder", "work")
+MEASURING = ("quick", "full", "cross", "schemes", "loads", "targets", "repetitions", "size", "ram", "seconds", "trace", "steal_max",
+             "unpinned", "folder", "work")
 
 
 def add_parser(verbs) -> None:
@@ -40,6 +41,9 @@ def add_parser(verbs) -> None:
     parser.add_argument("--ram", type=size, metavar="SIZE", help="RAM tier of our schemes (default: 8M)")
     parser.add_argument("--seconds", type=positive, metavar="N", help="longest load beside a backup (default: quick 6, full 15)")
     parser.add_argument("--trace", metavar="FILE", help="what the load `trace` replays: recorded by a node x-fastcbw-trace, or written by hand")
+    parser.add_argument("--steal-max", type=percent, metavar="PERCENT",
+                        help="measure a cell anew, several times if need be, while the host took more than PERCENT of the processors' time "
+                             "(of a virtual machine; default: keep it)")
     parser.add_argument("--unpinned", action="store_true", help="without it the server runs on core 0, load and target on core 1")
     parser.add_argument("--folder", metavar="DIR", help="keep the results there, cell by cell; go on with those that are there")
     parser.add_argument("--work", metavar="DIR", help=f"where the disks are meanwhile (default: {SHM}, where it has room, else TMPDIR)")
@@ -60,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.results is not None:
         from fastcbw.compare.results import load
 
-        given = [f"--{option}" for option in MEASURING if getattr(arguments, option)]
+        given = [f"--{option.replace('_', '-')}" for option in MEASURING if getattr(arguments, option) is not None and getattr(arguments, option) is not False]
         if given:
             raise UsageError(f"{', '.join(given)}: of a measurement, and with --from nothing is measured (leave one out)")
         document = load(arguments.results)
@@ -160,6 +164,8 @@ def _plan(arguments: argparse.Namespace):
     if arguments.seconds:
         fields["during_s_max"] = float(arguments.seconds)
         fields["during_s_min"] = min(fields["during_s_min"], fields["during_s_max"])
+    if arguments.steal_max is not None:
+        fields["steal_max"] = arguments.steal_max / 100
     if arguments.trace is not None:
         fields["trace"] = os.path.abspath(arguments.trace)
         _check_trace(arguments.trace)

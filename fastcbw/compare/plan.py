@@ -57,7 +57,7 @@ class Plan:
     """A run. length: of the disk. ram: bytes of the RAM tier. Seconds: before anything counts, before the instant, during the backup at least and at most, after it.
 
     backup_s_max: a backup that is not complete by then is given up. pinned: server on one core, load and target on another. trace: the file that
-    the load `trace` replays. A cell of several parts is measured as often as the part says that has it most often.
+    the load `trace` replays. steal_max: a cell of whose processors' time the host took more than this share is measured anew. A cell of several parts is measured as often as the part says that has it most often.
     """
 
     parts: tuple[Part, ...]
@@ -71,6 +71,7 @@ class Plan:
     backup_s_max: float
     pinned: bool
     trace: str | None = None
+    steal_max: float = 1.0
 
     def cells(self) -> Iterator[Cell]:
         """Return the cells in their order: the schemes of one load and target one after the other, from another one on each time."""
@@ -95,9 +96,15 @@ class Plan:
         """Return about how long CELL takes; a guess from the target, on a machine with memory to spare."""
         if reason_not_to_run(cell, self.trace) is not None:
             return 0.0
-        backup = TARGETS[cell.target].seconds(self.length) if SCHEMES[cell.scheme].backs_up else 0.0
-        return (AROUND_S + AROUND_S_PER_BYTE * self.length + self.warm_up_s + self.before_s + self.after_s
-                + min(max(backup, self.during_s_min), self.during_s_max))
+        return AROUND_S + AROUND_S_PER_BYTE * self.length + self.warm_up_s + self.before_s + self.after_s + self._backup_s(cell)
+
+    def _backup_s(self, cell: Cell) -> float:
+        return min(max(TARGETS[cell.target].seconds(self.length), self.during_s_min), self.during_s_max)
+
+    def during_s(self, cell: Cell) -> float:
+        """Return how long CELL's load runs after the instant at least. Without a backup as long as one would: what disturbs the machine now
+        and then is in the p99 of five seconds more often than in that of one."""
+        return self.during_s_min if SCHEMES[cell.scheme].backs_up else self._backup_s(cell)
 
     @property
     def cell_s_max(self) -> float:

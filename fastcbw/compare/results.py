@@ -147,6 +147,11 @@ def guest_p99(record: dict[str, Any]) -> float | None:
     return during["p99_us"] if during["p99_paced_us"] is None else during["p99_paced_us"]
 
 
+def steal(record: dict[str, Any]) -> float | None:
+    """Return the share of the processors' time that the host took while the backup ran; None of an older version's record."""
+    return record.get("steal")
+
+
 def ratios(group: Group, base: Group, of: Callable[[dict[str, Any]], float | None]) -> list[float]:
     """Return GROUP's figures by BASE's of the same repetition, sorted."""
     by_repetition = {record["repetition"]: of(record) for record in base.measured}

@@ -198,7 +198,10 @@ def test_a_target_in_a_folder_that_is_not_there(refused, image):
     (("compare", "--targets", ","), "--targets: names nothing (there is file, "),
     (("compare", "--quick", "--full"), "contradict"),
     (("compare", "--from", "kept", "--schemes", "none", "--unpinned"), "--schemes, --unpinned: of a measurement, and with --from"),
+    (("compare", "--from", "kept", "--steal-max", "0"), "--steal-max: of a measurement"),
     (("compare", "--size", "100K"), "--size"),
+    (("compare", "--steal-max", "101"), "--steal-max: '101' is no number from 0 to 100"),
+    (("compare", "--steal-max", "nan"), "--steal-max: 'nan' is no number from 0 to 100"),
     (("compare", "--trace", "./vm.img"), "vm.img: is no trace"),
     (("bogus",), "bogus"), ((), "VERB"), (("status", "--bogus"), "--bogus"), (("serve", "--sock", "s"), "--sock"),
 ])

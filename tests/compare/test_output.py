@@ -81,6 +81,19 @@ def test_the_table_has_ratios_of_the_same_repetition(document):
     assert "not installed: x" in text
 
 
+def test_what_the_host_took_is_in_every_output(document):
+    for cell, share in zip(document["cells"][2:4], (0.004, 0.02)):
+        cell["steal"] = share
+    (line,) = [line for line in table.lines(document) if line.startswith("filter-tiers")]
+    assert line.endswith(" 1.2%") and "<td>1.2%</td>" in report.page(document)
+    (none,) = [line for line in table.lines(document) if line.startswith("none")]
+    assert none.endswith(" s")      # of results that have none
+    file = io.StringIO()
+    sheet.write(document, file)
+    rows = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert [row["steal"] for row in rows[1:4]] == ["", "0.004", "0.02"]
+
+
 def test_a_wrong_backup_is_not_to_be_overlooked(document):
     document["cells"][3]["backup"] |= {"verified": False, "error": "differs"}
     assert "WRONG" in "\n".join(table.lines(document)) and "class=wrong" in report.page(document)

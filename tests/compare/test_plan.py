@@ -38,6 +38,14 @@ def test_a_full_run_has_every_scheme_load_and_target_and_no_backup_beside_each()
     assert len(list(full(cross=True).cells())) == 3 * len(SCHEMES) * (len(LOADS) - 1) * len(TARGETS)
 
 
+def test_no_backup_is_measured_for_as_long_as_a_backup_takes():
+    whole = full()
+    lasts = {(scheme, target): whole.during_s(plans.Cell(scheme, "paced-4k", target, 0)) for scheme in ("none", "filter-tiers") for target in TARGETS}
+    assert {lasts["filter-tiers", target] for target in TARGETS} == {whole.during_s_min}
+    assert lasts["none", "20mbs"] == TARGETS["20mbs"].seconds(whole.length) > 5 and lasts["none", "file"] == whole.during_s_min
+    assert max(lasts.values()) <= whole.during_s_max
+
+
 def test_a_full_run_takes_about_half_an_hour():
     whole = full()
     assert 20 * 60 < sum(map(whole.seconds, whole.cells())) < 38 * 60

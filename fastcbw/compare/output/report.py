@@ -26,7 +26,8 @@ _HOW = """Each scheme got the same disk, the same guest and the same kind of tar
 copied aside, the backup begun, and the guest went on. “verified” says that the backup is, byte for byte, what the disk was then. Latencies are of the
 guest's requests while the backup ran. “p99 paced” counts the requests that were due while one was under way, too: a guest that waits asks
 nothing, so that a plain p99 hides a stall. “by none” is p99 paced, or p99 where a load is not one request after the other, by that of no backup in
-the same repetition. The first table has the same figure. Plots show, of each scheme, the repetition with the median p99."""
+the same repetition. The first table has the same figure. “steal” is the share of the processors' time that the host of a virtual machine
+took meanwhile; where it is not 0, the longest waits may be its. Plots show, of each scheme, the repetition with the median p99."""
 
 
 def page(document: dict[str, Any]) -> str:

@@ -6,13 +6,13 @@ import statistics
 from typing import Any
 
 from fastcbw.compare.loads import LOADS
-from fastcbw.compare.results import Group, during_p99, groups, guest_p99, ratios
+from fastcbw.compare.results import Group, during_p99, groups, guest_p99, ratios, steal
 from fastcbw.compare.schemes import SCHEMES
 from fastcbw.compare.targets import TARGETS
 from fastcbw.units import format_size
 
 HEADS = ("scheme", "IOPS", "p50", "p99", "spread", "p99.9", "p99 paced", "by none", "longest", "stalled", "backup", "verdict", "moved", "RAM", "disk",
-         "CPU")
+         "CPU", "steal")
 
 
 def tables(document: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -46,7 +46,7 @@ def row(group: Group, beside: list[Group]) -> tuple[str, ...]:
             microseconds(guest["max_us"]),
             f"{guest['stalled_s']:.1f} s" if guest["stalled_s"] else "", f"{seconds:.2f} s" if seconds is not None else "", group.verdict(),
             f"x{use['amplification']:.2f}" if use["amplification"] else "", size(use["ram_tier_bytes_max"]), size(use["disk_tier_bytes_max"]),
-            f"{use['cpu_s']:.2f} s")
+            f"{use['cpu_s']:.2f} s", percent(group.median(steal)))
 
 
 def number(value: float | None) -> str:
@@ -61,6 +61,10 @@ def microseconds(value: float | None) -> str:
         if value < limit:
             return f"{value / divisor:.3g} {unit}"
     return f"{value / 1e6:.3g} s"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
 
 
 def size(value: float | None) -> str:
