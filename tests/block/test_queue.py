@@ -438,7 +438,7 @@ def threads_of_ours():
 
 
 def threads_at_rest():
-    """As threads_of_ours, once those that another test has joined are out of the kernel's list."""
+    """As threads_of_ours, once those that another test has joined are out of the kernel's list, and a new one of the kernel's has its name."""
     before, now = None, threads_of_ours()
     while now != before:
         time.sleep(0.01)
@@ -453,7 +453,7 @@ def test_the_kernel_does_plain_requests_and_threads_the_others(device):
         queue.submit_write_from(device, BLOCK, memory, 2)
         queue.submit_flush(device, 3)
         assert sorted(queue.wait(3)) == [(1, 0), (2, 0), (3, 0)]
-        assert threads_of_ours() == before
+        assert threads_at_rest() == before
         queue.submit_zeroes(device, 0, BLOCK, 4)
         assert queue.wait(1) == [(4, 0)]
         assert threads_of_ours() == before + 1

@@ -473,15 +473,17 @@ def test_the_daemon_ends_while_a_client_waits_for_a_commit_to_complete(nodes, da
 
 def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes, daemon, execute, monkeypatch):
     record = ready_job(daemon, execute)
-    wait, went_on = BackupJob.wait, []
+    wait, late, went_on, waited_for = BackupJob.wait, [], [], threading.Event()
 
     def slow(job, timeout=None):
         if timeout is not None:
+            late.append(job)        # it is cancelled now, unless it is through already
             raise TimeoutError("slow")
-        if job.cancelled:
+        if job in late and not went_on:
             guest.write(5, b"more")
             assert "j.commit" in record.job.disk.snapshots
             went_on.append(guest.read(5, 4))
+            waited_for.set()
         return wait(job, timeout)
 
     with Client(nodes / "nbd", "top") as guest:
@@ -489,8 +491,7 @@ def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes
         monkeypatch.setattr(CommitJob, "_left", lambda self: 1)
         with pytest.raises(Error, match="the last pass did not end within 2 s"):
             execute("job-complete", id="j")
-        while not went_on:
-            pass
+        assert waited_for.wait(30)
         monkeypatch.undo()
         execute("job-complete", id="j")
         assert outcome(daemon) == "completed" and went_on == [b"more"]
