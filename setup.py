@@ -89,10 +89,10 @@ COMPILE = ["-std=gnu11", "-Wall", "-Wno-unused-function", "-Wno-unused-variable"
 COMPILE += ["-Og", "-g", "-UNDEBUG", "-DFASTCBW_DEBUG"] if DEBUG else ["-O3", "-g1", "-DNDEBUG"]
 LINK = ["-pthread"]
 if SANITIZE:
-    # Little optimisation: stacks that can be read, and a build in a third of the time. -Wno-tsan: the fences that the thread
+    # No optimisation: stacks that can be read, and a build in a third of the time. -Wno-tsan: the fences that the thread
     # sanitizer does not know are written out in ci/tsan.suppressions.
-    COMPILE += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1"]
-    COMPILE += ["-O1", "-Wno-tsan"] if SANITIZE == "thread" else ["-O0"]
+    COMPILE += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g1", "-O0"]
+    COMPILE += ["-Wno-tsan"] if SANITIZE == "thread" else []
     LINK += [f"-fsanitize={SANITIZE}"]
 
 DIRECTIVES = {
