@@ -15,6 +15,7 @@ from setuptools import Extension, find_packages, setup
 EXTENSIONS = [
     "fastcbw.kernels.bits",
     "fastcbw.kernels.bytes",
+    "fastcbw.kernels.lent",
     "fastcbw.kernels.door",
     "fastcbw.kernels.sparse",
     "fastcbw.bitmaps.mapping",

@@ -17,6 +17,7 @@ cimport cython
 from fastcbw.bitmaps.mapping cimport map_pages, populate_pages, resident_pages, unmap_pages
 from fastcbw.bitmaps.runs cimport RunList
 from fastcbw.kernels.bits cimport bit_run, bits_all, bits_claim_atomic, bits_clear_atomic, bits_next_zero, bits_runs
+from fastcbw.kernels.lent cimport Lent, lend
 from fastcbw.kernels.sparse cimport (
     sparse_and_not, sparse_bits, sparse_copy, sparse_count, sparse_equal, sparse_mark, sparse_next_one, sparse_next_run,
     sparse_or_atomic, sparse_runs, sparse_set_atomic, sparse_stretch, sparse_tidy, summary_bits,
@@ -331,15 +332,15 @@ cdef class ClusterBitmap:
             (now, and as long as the view is used). It is kept alive. The view has no summary: searches read every word.
         """
         cdef int64_t length = as_int(length_bits, "length_bits")
-        cdef const unsigned char[::1] octets = memoryview(words).cast("B")
-        cdef uint64_t *first = <uint64_t *>&octets[0] if octets.shape[0] else NULL
-        if length < 0 or length > octets.shape[0] * 8 or words_of(length) * 8 > octets.shape[0]:
-            raise ValueError(f"length_bits: {length_bits} is not in 0..{octets.shape[0] // 8 * 64}, what the words hold")
+        cdef Lent octets = lend(memoryview(words).cast("B"), "words", 1, False)
+        cdef uint64_t *first = <uint64_t *>octets.start if octets.count else NULL
+        if length < 0 or length > octets.count * 8 or words_of(length) * 8 > octets.count:
+            raise ValueError(f"length_bits: {length_bits} is not in 0..{octets.count // 8 * 64}, what the words hold")
         if <size_t>first & 7:
             raise ValueError(f"words: the buffer at {<size_t>first:#x} is not aligned to 8 bytes")
         if length & 63 and first[length >> 6] >> (length & 63):
             raise ValueError(f"words: bits past the end ({length}) are set in the last word")
-        return wrap_words(first, NULL, length, octets.base, False)
+        return wrap_words(first, NULL, length, octets, False)
 
     @property
     def numpy(self):
@@ -364,7 +365,7 @@ cdef class ClusterBitmap:
     def from_bools(cls, array):
         """Return a bitmap with the bits of ARRAY: one-dimensional, of bool, any length."""
         cdef ClusterBitmap bitmap
-        cdef const uint64_t[::1] words
+        cdef Lent words
         cdef sparse_bits source
         array = _np.asarray(array)
         if array.dtype != _np.bool_ or array.ndim != 1:
@@ -372,8 +373,8 @@ cdef class ClusterBitmap:
         bitmap = ClusterBitmap(len(array))
         if len(array):
             octets = _np.packbits(array, bitorder="little")
-            words = _np.pad(octets, (0, -len(octets) & 7)).view("<u8")
-            source.words = <uint64_t *>&words[0]
+            words = lend(_np.pad(octets, (0, -len(octets) & 7)).view("<u8"), "array", sizeof(uint64_t), False)
+            source.words = <uint64_t *>words.start
             source.summary = NULL
             source.length = bitmap.bits.length
             with nogil:

@@ -28,6 +28,7 @@ from fastcbw.block.device import engine_number as _engine_number
 from fastcbw.block.device cimport (BlockDevice, ENGINE_SYNC, ENGINE_THREADS, ENGINE_URING, IO_DISCARD, IO_READ, IO_SYNC,
                                    IO_WRITE, IO_ZERO, QUEUE_ENDED, QUEUE_METHOD, QUEUE_NEXT)
 from fastcbw.block.threads cimport IO_CACHE, SLOT_PIECES, THREADS_MAX, perform
+from fastcbw.kernels.lent cimport Lent, lend
 from fastcbw.sync cimport now_ns, sleep_ns
 
 cdef extern from "<errno.h>" nogil:
@@ -498,7 +499,7 @@ cdef class IoQueue:
         self.held = {}
 
     def _submit(self, int operation, BlockDevice device not None, int64_t offset, int64_t length, buffer, uint32_t flags, cookie):
-        cdef const unsigned char[::1] bytes_
+        cdef Lent lent
         cdef iovec vector
         cdef uint64_t number = cookie
         cdef int code, count = 0
@@ -508,8 +509,8 @@ cdef class IoQueue:
         if number in self.held:
             raise ValueError(f"cookie: {number} is under way already")
         if buffer is not None:
-            bytes_ = buffer
-            vector.iov_base = <void *>&bytes_[0]
+            lent = lend(buffer, "buffer", 1, False)
+            vector.iov_base = lent.start
             vector.iov_len = <size_t>length
             count = 1
         with nogil:

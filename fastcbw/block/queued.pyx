@@ -14,6 +14,7 @@ from fastcbw.block.device cimport (BlockDevice, ENGINE_URING, IO_DISCARD, IO_REA
 from fastcbw.block.filter cimport Filter
 from fastcbw.block.queue cimport IoDone, IoQueue
 from fastcbw.block.sys cimport iovec
+from fastcbw.kernels.lent cimport Lent, lend
 from fastcbw.sync cimport now_ns, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 
 
@@ -103,28 +104,27 @@ cdef class HungDevice(BlockDevice):
         return self.child.sync()
 
 
-def drive(IoQueue queue not None, BlockDevice device not None, const int64_t[::1] offsets not None, unsigned char[::1] memory not None,
-          int64_t block, *, bint write=False):
-    """Read (or write) BLOCK bytes at each of OFFSETS, as many under way as the queue is deep; return the seconds it took.
+def drive(IoQueue queue not None, BlockDevice device not None, offsets, memory, int64_t block, *, bint write=False):
+    """Read (or write) BLOCK bytes at each of OFFSETS (int64), as many under way as the queue is deep; return the seconds it took.
 
     memory: queue.depth * block bytes, one place for each request under way. Raises OSError for the first that fails.
     """
     cdef IoDone done[64]
     cdef iovec vector
-    cdef int64_t i = 0, count = offsets.shape[0], first_ns, length = block
+    cdef Lent places = lend(offsets, "offsets", sizeof(int64_t), False), lent = lend(memory, "memory", 1, True)
+    cdef const int64_t *at = <const int64_t *>places.start
+    cdef unsigned char *room = <unsigned char *>lent.start
+    cdef int64_t i, count = places.count, first_ns, length = block
     cdef int code = 0, got, n
     cdef uint64_t place = 0
-    cdef const int64_t *at
-    cdef unsigned char *room
-    if memory.shape[0] < queue.depth * block or queue.in_flight:
-        raise ValueError(f"memory: {memory.shape[0]} bytes for {queue.depth} requests of {block}, {queue.in_flight} under way")
-    for offset in offsets:
-        device.check_range(offset, block)
+    if lent.count < queue.depth * block or queue.in_flight:
+        raise ValueError(f"memory: {lent.count} bytes for {queue.depth} requests of {block}, {queue.in_flight} under way")
+    for i in range(count):
+        device.check_range(at[i], block)
+    i = 0
     vector.iov_len = <size_t>block
     if count == 0:
         return 0.0
-    at = &offsets[0]
-    room = &memory[0]
     with nogil:
         first_ns = now_ns()
         while (i < count and code == 0) or queue.in_flight > 0:

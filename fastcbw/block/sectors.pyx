@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from fastcbw.block.device cimport BlockDevice
 from fastcbw.kernels.atomic cimport add_relaxed, add_seq, cas_seq, load_relaxed, load_seq, store_seq
+from fastcbw.kernels.lent cimport Lent, lend
 from fastcbw.sync cimport sleep_ns
 
 import numpy as _np
@@ -21,16 +22,16 @@ cdef class SectorLoad:
     """Writers of DEVICE. Call run() in as many threads as shall write."""
 
     def __cinit__(self, BlockDevice device not None):
-        cdef uint64_t[::1] issued, acknowledged
+        cdef Lent issued, acknowledged
         self.device = device
         self.sectors = device.length // SECTOR
         if self.sectors == 0:
             raise ValueError(f"{device.name}: has no whole sector")
-        issued = _np.zeros(self.sectors, _np.uint64)
-        acknowledged = _np.zeros(self.sectors, _np.uint64)
-        self.arrays = (issued.base, acknowledged.base)
-        self.issued = &issued[0]
-        self.acknowledged = &acknowledged[0]
+        self.arrays = (_np.zeros(self.sectors, _np.uint64), _np.zeros(self.sectors, _np.uint64))
+        issued = lend(self.arrays[0], "issued", sizeof(uint64_t), True)
+        acknowledged = lend(self.arrays[1], "acknowledged", sizeof(uint64_t), True)
+        self.issued = <uint64_t *>issued.start
+        self.acknowledged = <uint64_t *>acknowledged.start
 
     def run(self, int64_t number, int64_t writers):
         """Write as writer NUMBER of WRITERS in every sweep until stop(). Holds no interpreter lock."""

@@ -9,6 +9,7 @@ from libc.stdlib cimport free, malloc
 
 from fastcbw.block.device cimport BlockDevice, FAST_ONLY as _FAST_ONLY, FUA as _FUA, MAY_UNMAP as _MAY_UNMAP
 from fastcbw.block.sys cimport iovec
+from fastcbw.kernels.lent cimport Lent, lend
 
 FUA = _FUA
 MAY_UNMAP = _MAY_UNMAP
@@ -31,14 +32,15 @@ cdef iovec *cut(char *buffer, pieces, int64_t length) except NULL:
     return vector
 
 
-def readv(BlockDevice device not None, int64_t offset, unsigned char[::1] buffer not None, pieces, *, bint nowait=False):
-    """Fill BUFFER (writable, not empty) through one preadv, or preadv_nowait, over PIECES; return 0 or -errno."""
-    cdef int64_t length = buffer.shape[0]
+def readv(BlockDevice device not None, int64_t offset, buffer, pieces, *, bint nowait=False):
+    """Fill BUFFER (bytes, writable) through one preadv, or preadv_nowait, over PIECES; return 0 or -errno."""
+    cdef Lent lent = lend(buffer, "buffer", 1, True)
+    cdef int64_t length = lent.count
     cdef int count = len(pieces)
     cdef iovec *vector
     cdef int code
     device.check_range(offset, length)
-    vector = cut(<char *>&buffer[0], pieces, length)
+    vector = cut(<char *>lent.start, pieces, length)
     with nogil:
         if nowait:
             code = device.preadv_nowait(vector, count, offset, length)
@@ -48,14 +50,15 @@ def readv(BlockDevice device not None, int64_t offset, unsigned char[::1] buffer
     return code
 
 
-def writev(BlockDevice device not None, int64_t offset, const unsigned char[::1] data not None, pieces, uint32_t flags=0):
-    """Write DATA (not empty) through one pwritev over PIECES; return 0 or -errno."""
-    cdef int64_t length = data.shape[0]
+def writev(BlockDevice device not None, int64_t offset, data, pieces, uint32_t flags=0):
+    """Write DATA (bytes) through one pwritev over PIECES; return 0 or -errno."""
+    cdef Lent lent = lend(data, "data", 1, False)
+    cdef int64_t length = lent.count
     cdef int count = len(pieces)
     cdef iovec *vector
     cdef int code
     device.check_range(offset, length)
-    vector = cut(<char *>&data[0], pieces, length)
+    vector = cut(<char *>lent.start, pieces, length)
     with nogil:
         code = device.pwritev(vector, count, offset, length, flags)
     free(vector)

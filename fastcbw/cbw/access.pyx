@@ -12,6 +12,7 @@ from fastcbw.cbw.kinds cimport Kinds, kinds_of_word, kinds_untouched
 from fastcbw.cbw.reader cimport ERROR_BROKEN, ERROR_NOT_IN_SNAPSHOT, SnapshotDevice
 from fastcbw.cbw.state cimport ALIVE, EngineState, Epoch, Snap, Ticket, copy_run, enter, leave
 from fastcbw.kernels.atomic cimport load_relaxed, load_seq
+from fastcbw.kernels.lent cimport Lent, lend
 from fastcbw.kernels.sparse cimport sparse_next_one
 
 import numpy as _np
@@ -200,7 +201,7 @@ def cluster_states(SnapshotDevice snapshot not None):
     cdef int64_t c, stop, clusters = (snapshot.length + ((<int64_t>1) << snapshot.cluster_bits) - 1) >> snapshot.cluster_bits
     cdef uint32_t access
     states = _np.zeros(clusters, _np.uint32)
-    cdef uint32_t[::1] view = states
+    cdef Lent view = lend(states, "states", sizeof(uint32_t), True)
     for c in range(clusters):
         access = access_extent(snapshot, c, c + 1, &stop)
         ticket = enter(state)
@@ -212,5 +213,5 @@ def cluster_states(SnapshotDevice snapshot not None):
             if (load_seq(ticket.epoch.geometry.claims + (c >> 6)) >> (c & 63)) & 1:
                 access |= 128
         leave(ticket)
-        view[c] = access
+        (<uint32_t *>view.start)[c] = access
     return states

@@ -12,6 +12,7 @@ from fastcbw.kernels.bits cimport bits_all_seq, bits_any, bits_choose, bits_mark
 from fastcbw.kernels.bytes cimport bytes_choose
 from fastcbw.kernels.bytes cimport crc32c as bytes_crc32c
 from fastcbw.kernels.bytes cimport is_zero as bytes_is_zero
+from fastcbw.kernels.lent cimport Lent, lend
 
 cdef extern from "cpu.h" nogil:
     int FCBW_LEVELS
@@ -59,44 +60,47 @@ def crc32c(buffer, uint32_t seed=0):
         PyBuffer_Release(&view)
 
 
-cdef int check_span(Py_ssize_t words, int64_t first, int64_t count) except -1:
-    if first < 0 or count < 0 or first > words * 64 - count:
-        raise ValueError(f"words: range {first}+{count} is not within their {words * 64} bits")
-    return 0
+cdef Lent lend_span(words, int64_t first, int64_t count, bint writable):
+    """Return WORDS (uint64), of which a kernel is to see bits first..first+count."""
+    cdef Lent lent = lend(words, "words", sizeof(uint64_t), writable)
+    if first < 0 or count < 0 or first > lent.count * 64 - count:
+        raise ValueError(f"words: range {first}+{count} is not within their {lent.count * 64} bits")
+    return lent
 
 
-def all_seq(const uint64_t[::1] words, int64_t first, int64_t count):
+def all_seq(words, int64_t first, int64_t count):
     """Return True when bits first..first+count of WORDS (uint64) are all set: bits_all_seq, the test for settled."""
-    check_span(words.shape[0], first, count)
-    return bits_all_seq(&words[0], first, count)
+    cdef Lent lent = lend_span(words, first, count, False)
+    return bits_all_seq(<uint64_t *>lent.start, first, count)
 
 
-def mark_seq(uint64_t[::1] words, int64_t first, int64_t count):
+def mark_seq(words, int64_t first, int64_t count):
     """Set bits first..first+count of WORDS (uint64): bits_mark_seq, the mark for changed."""
-    check_span(words.shape[0], first, count)
-    bits_mark_seq(&words[0], first, count)
+    cdef Lent lent = lend_span(words, first, count, True)
+    bits_mark_seq(<uint64_t *>lent.start, first, count)
 
 
-def any_one(const uint64_t[::1] words, int64_t first, int64_t count):
+def any_one(words, int64_t first, int64_t count):
     """Return True when one of bits first..first+count of WORDS (uint64) is set: bits_any."""
-    check_span(words.shape[0], first, count)
-    return bits_any(&words[0], first, count)
+    cdef Lent lent = lend_span(words, first, count, False)
+    return bits_any(<uint64_t *>lent.start, first, count)
 
 
-def next_run(const uint64_t[::1] words, int64_t first, int64_t end):
+def next_run(words, int64_t first, int64_t end):
     """Return (first, count) of the next run in bits first..end of WORDS (uint64); (end, 0) when none: bits_next_run."""
     cdef int64_t begin = 0
-    cdef int64_t count
-    check_span(words.shape[0], first, end - first)
-    count = bits_next_run(&words[0], first, end, &begin)
+    cdef Lent lent = lend_span(words, first, end - first, False)
+    cdef int64_t count = bits_next_run(<uint64_t *>lent.start, first, end, &begin)
     return begin, count
 
 
-def or_into(uint64_t[::1] target, const uint64_t[::1] source):
+def or_into(target, source):
     """Set in TARGET (uint64) what is set in SOURCE, as many words: words_or."""
-    if target.shape[0] != source.shape[0]:
-        raise ValueError(f"source: {source.shape[0]} words do not match the target's {target.shape[0]}")
-    words_or(&target[0], &source[0], target.shape[0])
+    cdef Lent into = lend(target, "target", sizeof(uint64_t), True)
+    cdef Lent words = lend(source, "source", sizeof(uint64_t), False)
+    if into.count != words.count:
+        raise ValueError(f"source: {words.count} words do not match the target's {into.count}")
+    words_or(<uint64_t *>into.start, <uint64_t *>words.start, into.count)
 
 
 def instruction_sets():
