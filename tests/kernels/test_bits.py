@@ -81,3 +81,15 @@ def test_a_range_outside_the_words_is_refused():
         with pytest.raises(ValueError, match="not within their 64 bits"):
             door.mark_seq(words, first, count)
     assert words[0] == 0
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (np.zeros(2, np.uint32), "words: expected one dimension of items of 8 bytes, got 1 of items of 4"),
+    (np.zeros((2, 2), np.uint64), "words: expected one dimension of items of 8 bytes, got 2 of items of 8"),
+    (np.zeros(4, np.uint64)[::2], "words: expected writable, contiguous memory"),
+    (memoryview(np.zeros(2, np.uint64)).toreadonly(), "words: expected writable, contiguous memory"),
+    (None, "words: expected writable, contiguous memory"),
+])
+def test_memory_that_is_no_row_of_words_is_refused_by_name(words, text):
+    with pytest.raises(TypeError, match=text):
+        door.mark_seq(words, 0, 1)
