@@ -473,13 +473,22 @@ def test_the_daemon_ends_while_a_client_waits_for_a_commit_to_complete(nodes, da
 
 def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes, daemon, execute, monkeypatch):
     record = ready_job(daemon, execute)
-    wait, late, went_on, waited_for = BackupJob.wait, [], [], threading.Event()
+    run, cancel, wait, went_on = BackupJob.run, BackupJob.cancel, BackupJob.wait, []
+    was_cancelled, waited_for = threading.Event(), threading.Event()
+
+    def held(job):
+        if record.job._completing:      # the last pass is not through before it is cancelled
+            assert was_cancelled.wait(30)
+        run(job)
+
+    def cancelled(job):
+        cancel(job)
+        was_cancelled.set()
 
     def slow(job, timeout=None):
         if timeout is not None:
-            late.append(job)        # it is cancelled now, unless it is through already
             raise TimeoutError("slow")
-        if job in late and not went_on:
+        if job.cancelled:
             guest.write(5, b"more")
             assert "j.commit" in record.job.disk.snapshots
             went_on.append(guest.read(5, 4))
@@ -487,6 +496,8 @@ def test_the_guest_goes_on_before_a_last_pass_that_took_too_long_has_ended(nodes
         return wait(job, timeout)
 
     with Client(nodes / "nbd", "top") as guest:
+        monkeypatch.setattr(BackupJob, "run", held)
+        monkeypatch.setattr(BackupJob, "cancel", cancelled)
         monkeypatch.setattr(BackupJob, "wait", slow)
         monkeypatch.setattr(CommitJob, "_left", lambda self: 1)
         with pytest.raises(Error, match="the last pass did not end within 2 s"):
