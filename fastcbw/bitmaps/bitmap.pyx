@@ -332,7 +332,7 @@ cdef class ClusterBitmap:
             (now, and as long as the view is used). It is kept alive. The view has no summary: searches read every word.
         """
         cdef int64_t length = as_int(length_bits, "length_bits")
-        cdef Lent octets = lend(memoryview(words).cast("B"), "words", 1, False)
+        cdef Lent octets = lend(memoryview(words).cast("B"), "words", "uint8", False)
         cdef uint64_t *first = <uint64_t *>octets.start if octets.count else NULL
         if length < 0 or length > octets.count * 8 or words_of(length) * 8 > octets.count:
             raise ValueError(f"length_bits: {length_bits} is not in 0..{octets.count // 8 * 64}, what the words hold")
@@ -373,7 +373,7 @@ cdef class ClusterBitmap:
         bitmap = ClusterBitmap(len(array))
         if len(array):
             octets = _np.packbits(array, bitorder="little")
-            words = lend(_np.pad(octets, (0, -len(octets) & 7)).view("<u8"), "array", sizeof(uint64_t), False)
+            words = lend(_np.pad(octets, (0, -len(octets) & 7)).view("<u8"), "array", "uint64", False)
             source.words = <uint64_t *>words.start
             source.summary = NULL
             source.length = bitmap.bits.length

@@ -509,7 +509,7 @@ cdef class IoQueue:
         if number in self.held:
             raise ValueError(f"cookie: {number} is under way already")
         if buffer is not None:
-            lent = lend(buffer, "buffer", 1, False)
+            lent = lend(buffer, "buffer", "uint8", False)
             vector.iov_base = lent.start
             vector.iov_len = <size_t>length
             count = 1

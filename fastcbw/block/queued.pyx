@@ -111,7 +111,7 @@ def drive(IoQueue queue not None, BlockDevice device not None, offsets, memory, 
     """
     cdef IoDone done[64]
     cdef iovec vector
-    cdef Lent places = lend(offsets, "offsets", sizeof(int64_t), False), lent = lend(memory, "memory", 1, True)
+    cdef Lent places = lend(offsets, "offsets", "int64", False), lent = lend(memory, "memory", "uint8", True)
     cdef const int64_t *at = <const int64_t *>places.start
     cdef unsigned char *room = <unsigned char *>lent.start
     cdef int64_t i, count = places.count, first_ns, length = block

@@ -28,8 +28,8 @@ cdef class SectorLoad:
         if self.sectors == 0:
             raise ValueError(f"{device.name}: has no whole sector")
         self.arrays = (_np.zeros(self.sectors, _np.uint64), _np.zeros(self.sectors, _np.uint64))
-        issued = lend(self.arrays[0], "issued", sizeof(uint64_t), True)
-        acknowledged = lend(self.arrays[1], "acknowledged", sizeof(uint64_t), True)
+        issued = lend(self.arrays[0], "issued", "uint64", True)
+        acknowledged = lend(self.arrays[1], "acknowledged", "uint64", True)
         self.issued = <uint64_t *>issued.start
         self.acknowledged = <uint64_t *>acknowledged.start
 

@@ -34,7 +34,7 @@ cdef iovec *cut(char *buffer, pieces, int64_t length) except NULL:
 
 def readv(BlockDevice device not None, int64_t offset, buffer, pieces, *, bint nowait=False):
     """Fill BUFFER (bytes, writable) through one preadv, or preadv_nowait, over PIECES; return 0 or -errno."""
-    cdef Lent lent = lend(buffer, "buffer", 1, True)
+    cdef Lent lent = lend(buffer, "buffer", "uint8", True)
     cdef int64_t length = lent.count
     cdef int count = len(pieces)
     cdef iovec *vector
@@ -52,7 +52,7 @@ def readv(BlockDevice device not None, int64_t offset, buffer, pieces, *, bint n
 
 def writev(BlockDevice device not None, int64_t offset, data, pieces, uint32_t flags=0):
     """Write DATA (bytes) through one pwritev over PIECES; return 0 or -errno."""
-    cdef Lent lent = lend(data, "data", 1, False)
+    cdef Lent lent = lend(data, "data", "uint8", False)
     cdef int64_t length = lent.count
     cdef int count = len(pieces)
     cdef iovec *vector

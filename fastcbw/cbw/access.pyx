@@ -201,7 +201,7 @@ def cluster_states(SnapshotDevice snapshot not None):
     cdef int64_t c, stop, clusters = (snapshot.length + ((<int64_t>1) << snapshot.cluster_bits) - 1) >> snapshot.cluster_bits
     cdef uint32_t access
     states = _np.zeros(clusters, _np.uint32)
-    cdef Lent view = lend(states, "states", sizeof(uint32_t), True)
+    cdef Lent view = lend(states, "states", "uint32", True)
     for c in range(clusters):
         access = access_extent(snapshot, c, c + 1, &stop)
         ticket = enter(state)

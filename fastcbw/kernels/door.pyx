@@ -62,7 +62,7 @@ def crc32c(buffer, uint32_t seed=0):
 
 cdef Lent lend_span(words, int64_t first, int64_t count, bint writable):
     """Return WORDS (uint64), of which a kernel is to see bits first..first+count."""
-    cdef Lent lent = lend(words, "words", sizeof(uint64_t), writable)
+    cdef Lent lent = lend(words, "words", "uint64", writable)
     if first < 0 or count < 0 or first > lent.count * 64 - count:
         raise ValueError(f"words: range {first}+{count} is not within their {lent.count * 64} bits")
     return lent
@@ -96,8 +96,8 @@ def next_run(words, int64_t first, int64_t end):
 
 def or_into(target, source):
     """Set in TARGET (uint64) what is set in SOURCE, as many words: words_or."""
-    cdef Lent into = lend(target, "target", sizeof(uint64_t), True)
-    cdef Lent words = lend(source, "source", sizeof(uint64_t), False)
+    cdef Lent into = lend(target, "target", "uint64", True)
+    cdef Lent words = lend(source, "source", "uint64", False)
     if into.count != words.count:
         raise ValueError(f"source: {words.count} words do not match the target's {into.count}")
     words_or(<uint64_t *>into.start, <uint64_t *>words.start, into.count)

@@ -9,5 +9,6 @@ cdef class Lent:
     cdef void *start
     cdef int64_t count          # items
 
-# BUFFER's memory as items of SIZE bytes. TypeError names WHAT when it has others, or more dimensions than one, or may not be WRITABLE.
-cdef Lent lend(object buffer, str what, Py_ssize_t size, bint writable)
+# BUFFER's memory as items of KIND: "uint8", "uint32", "uint64", "int64". TypeError names WHAT when it has others, or more dimensions than
+# one, or may not be written and is to be WRITABLE.
+cdef Lent lend(object buffer, str what, str kind, bint writable)

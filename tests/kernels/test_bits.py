@@ -84,8 +84,11 @@ def test_a_range_outside_the_words_is_refused():
 
 
 @pytest.mark.parametrize(("words", "text"), [
-    (np.zeros(2, np.uint32), "words: expected one dimension of items of 8 bytes, got 1 of items of 4"),
-    (np.zeros((2, 2), np.uint64), "words: expected one dimension of items of 8 bytes, got 2 of items of 8"),
+    (np.zeros(2, np.uint32), "words: expected one dimension of uint64, got 1 of 'I', 4 bytes each"),
+    (np.zeros(2, np.float64), "words: expected one dimension of uint64, got 1 of 'd', 8 bytes each"),
+    (np.zeros(2, np.int64), "words: expected one dimension of uint64, got 1 of 'l', 8 bytes each"),
+    (np.zeros(2, ">u8"), "words: expected one dimension of uint64, got 1 of '>Q', 8 bytes each"),
+    (np.zeros((2, 2), np.uint64), "words: expected one dimension of uint64, got 2 of 'L', 8 bytes each"),
     (np.zeros(4, np.uint64)[::2], "words: expected writable, contiguous memory"),
     (memoryview(np.zeros(2, np.uint64)).toreadonly(), "words: expected writable, contiguous memory"),
     (None, "words: expected writable, contiguous memory"),
