@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.results is not None:
         from fastcbw.compare.results import load
 
-        given = [f"--{option.replace('_', '-')}" for option in MEASURING if getattr(arguments, option) is not None and getattr(arguments, option) is not False]
+        given = [f"--{option.replace('_', '-')}" for option in MEASURING if (value := getattr(arguments, option)) is not None and value is not False]
         if given:
             raise UsageError(f"{', '.join(given)}: of a measurement, and with --from nothing is measured (leave one out)")
         document = load(arguments.results)

@@ -26,6 +26,7 @@ from fastcbw.compare.loads.base import Load
 from fastcbw.compare.memory import touch_memory
 from fastcbw.compare.plan import Cell, Plan, reason_not_to_run
 from fastcbw.compare.process import Process, Usage
+from fastcbw.compare.results import steal
 from fastcbw.compare.schemes import SCHEMES
 from fastcbw.compare.schemes.base import Progress, Scheme, Setting
 from fastcbw.compare.steal import Steal
@@ -55,29 +56,17 @@ def measure(cell: Cell, plan: Plan, folder: str) -> dict[str, Any]:
     reason = reason_not_to_run(cell, plan.trace)
     if reason is not None:
         return record | {"status": "not installed", "why": reason}
-    found: dict[str, Any] | None = None
-    attempts = caught = noisy = 0
+    attempts: list[dict[str, Any]] = []
+    caught = noisy = 0
     while True:
-        attempts += 1
-        one, was_caught = _attempt(cell, plan, folder)
-        was_noisy = steal_of(one) > plan.steal_max
+        found, was_caught = _attempt(cell, plan, folder)
+        was_noisy = (steal(found) or 0) > plan.steal_max
+        attempts.append(found)
         caught, noisy = caught + was_caught, noisy + was_noisy
-        if found is None or was_better(one, found):
-            found = one
         if not (was_caught or was_noisy) or caught == CAUGHT_MAX or noisy == NOISY_MAX:
-            return record | {"attempts": attempts} | found
-
-
-def steal_of(found: dict[str, Any]) -> float:
-    """Return the share of the processors' time that the host took while the backup ran; 0 where nothing was measured."""
-    return found.get("steal", 0.0)
-
-
-def was_better(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether ONE is the attempt to keep: one that measured something, and of those the one of which the host took least."""
-    if one["status"] != other["status"]:
-        return one["status"] == "measured"
-    return steal_of(one) < steal_of(other)
+            # One that measured something, and of those the one of which the host took least.
+            best = min(attempts, key=lambda one: (one["status"] != "measured", steal(one)))
+            return record | {"attempts": len(attempts)} | best
 
 
 def _attempt(cell: Cell, plan: Plan, folder: str) -> tuple[dict[str, Any], bool]:
@@ -148,9 +137,9 @@ class _Run:
         self.load.go_on()
         resumed = time.monotonic_ns()
 
-        steal = Steal(self.cpus)
+        steal_meter = Steal(self.cpus)
         progress, ended, during_end = self._watch(instant)
-        taken = steal.share((time.monotonic_ns() - resumed) / 1e9)
+        taken = steal_meter.share((time.monotonic_ns() - resumed) / 1e9)
         used = [difference(after, before) for after, before in zip((self.scheme.usage(), self.target.usage()), used)]
         self._sleep(self.plan.after_s)
         end = time.monotonic_ns()

@@ -148,7 +148,7 @@ def guest_p99(record: dict[str, Any]) -> float | None:
 
 
 def steal(record: dict[str, Any]) -> float | None:
-    """Return the share of the processors' time that the host took while the backup ran; None of an older version's record."""
+    """Return the share of the processors' time that the host took while the backup ran; None where nothing was measured, or by an older version."""
     return record.get("steal")
 
 

@@ -133,7 +133,7 @@ def test_a_commit_is_completed_once_however_long_it_says_that_it_is_ready():
     assert ended == [False] * 4 + [True] and daemon.asked.count("job-complete") == 1
 
 
-def test_without_a_backup_the_load_runs_as_long_as_asked(plan, tmp_path):
+def test_without_a_backup_the_load_runs_as_long_as_one_would_take(plan, tmp_path):
     (record,) = measured(plan("none"), tmp_path)
     assert record["status"] == "measured" and record["backup"] is None
     during = record["guest"]["during"]
